@@ -1,0 +1,1 @@
+"""ISD on Ray: self-supervised learning for unbalanced, unlabelled images."""

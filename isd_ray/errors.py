@@ -1,0 +1,14 @@
+"""Errors that a user can mend: one line that names the thing and the remedy."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in the input, said in one line. The jobs print it and exit with code 2."""
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the closest option, or "" when none is close."""
+    matches = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
+    return f" Did you mean '{matches[0]}'?" if matches else ""

@@ -1,0 +1,1 @@
+"""The queue of anchors and the losses that read it."""
