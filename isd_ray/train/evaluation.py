@@ -1,0 +1,89 @@
+"""The evaluation of a run: its networks, an untrained one and raw pixels, on the labelled images of its data set."""
+
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import nn
+
+from isd_ray.config import Config
+from isd_ray.data.augment import center_view
+from isd_ray.data.catalog import Splits
+from isd_ray.data.index import class_counts, classes, labels
+from isd_ray.data.stream import load_images
+from isd_ray.errors import UserError
+from isd_ray.evaluate.protocols import evaluate_encoders
+from isd_ray.train.folder import RunFolder, load_checkpoint
+from isd_ray.train.state import build_state
+
+
+def evaluate_run(
+    config: Config, folder: RunFolder, splits: Splits, device: str, checkpoint: str | None = None
+) -> dict[str, Any]:
+    """Evaluate the newest (or the named) checkpoint; returns `metrics`, `groups`, `per_class`, `protocol`, `seconds`.
+
+    Without a labelled test set there is nothing to measure: `metrics` is empty and `note` says why.
+    """
+    bank = choose_bank(config, splits)
+    if splits.test is None or bank is None:
+        return {"metrics": {}, "note": "no labelled test set: the features were not evaluated", "seconds": {}}
+    where = torch.device(device)
+    bank_images, bank_labels = load_labelled(bank, config)
+    test_images, test_labels = load_labelled(splits.test, config)
+    data = config.data
+
+    def view(images: torch.Tensor) -> torch.Tensor:
+        return center_view(images, data.image_size, data.mean, data.std)
+
+    result = evaluate_encoders(
+        {name: net.to(where) for name, net in networks(config, folder, checkpoint).items()},
+        bank_images,
+        bank_labels,
+        test_images,
+        test_labels,
+        view=view,
+        classes=len(classes(splits.train)),
+        train_counts=class_counts(splits.train).tolist(),
+        groups=splits.definition.groups,
+        bank_name=bank_name(config, splits),
+        with_pixels=config.evaluate.baselines,
+        batch_size=config.evaluate.batch_size,
+        device=where,
+        linear=config.evaluate.linear,
+        seed=config.train.seed,
+        progress=lambda name: print(f"evaluating {name}", flush=True),
+    )
+    return result | {"classes": classes(splits.train)}
+
+
+def networks(config: Config, folder: RunFolder, checkpoint: str | None) -> dict[str, nn.Module]:
+    """Return student and teacher of the checkpoint, and the backbone as it was before training."""
+    state = build_state(config, torch.device("cpu"))
+    untrained = build_state(config, torch.device("cpu")).method.encoders()["student"]
+    saved = load_checkpoint(folder, checkpoint)
+    if saved is None:
+        raise UserError(f"{folder.uri}: no checkpoint yet; train the run first")
+    state.method.load_state_dict(saved["method"])
+    trained = dict(state.method.encoders())
+    return trained | ({"untrained": untrained} if config.evaluate.baselines else {})
+
+
+def bank_name(config: Config, splits: Splits) -> str:
+    """Return "balanced" or "train": accuracies against the two are different metrics."""
+    return splits.definition.bank if config.evaluate.bank == "auto" else config.evaluate.bank
+
+
+def choose_bank(config: Config, splits: Splits) -> pa.Table | None:
+    """Return the labelled images that queries are compared with."""
+    return splits.train if bank_name(config, splits) == "train" else splits.bank
+
+
+def load_labelled(table: pa.Table, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decode the labelled rows: images uint8 [N, C, H, W] and labels int64 [N]."""
+    label = torch.from_numpy(labels(table))
+    if bool((label < 0).any()):
+        raise UserError(
+            f"{int((label < 0).sum())} images to evaluate on have no label; label them or leave them out"
+        )
+    images, kept = load_images(table, size=config.data.image_size, max_bad=config.data.max_bad)
+    return images, label[kept]

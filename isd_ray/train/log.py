@@ -1,0 +1,115 @@
+"""Numbers of the run while it goes: gathered over the workers every few steps, shown, written, and checked."""
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from isd_ray.config import Config
+from isd_ray.errors import UserError
+from isd_ray.train.folder import RunFolder, checkpoint_names
+from isd_ray.train.progress import MetricsWriter, Progress
+from isd_ray.train.state import Worker
+
+T = TypeVar("T")
+
+
+class Log:
+    """Collects loss, diagnostics and waiting time; every `log_every` steps it reduces them over the workers.
+
+    That reduction is the only communication besides gradients and queue. Rank 0's clock rides along in it, so all
+    workers agree on when to save a checkpoint.
+    """
+
+    def __init__(self, config: Config, folder: RunFolder, worker: Worker, steps: int, step: int) -> None:
+        self.config, self.folder, self.worker, self.steps = config, folder, worker, steps
+        self.every = config.train.log_every
+        self.loss, self.count = torch.zeros((), device=worker.device), 0
+        self.waited, self.started, self.saved = 0.0, time.monotonic(), time.monotonic()
+        self.first = worker.rank == 0
+        if self.first:
+            batch = config.train.batch_size
+            self.progress = Progress(config.train.epochs, steps, batch, start_step=step)
+            self.metrics = MetricsWriter(folder.uri, start_step=step)
+
+    def waiting(self, batches: Iterable[T]) -> Iterator[T]:
+        """Pass the batches on and count the time that they made the loop wait."""
+        iterator = iter(batches)
+        while True:
+            start = time.monotonic()
+            batch = next(iterator, None)
+            self.waited += time.monotonic() - start
+            if batch is None:
+                return
+            yield batch
+
+    def due(self, step: int) -> bool:
+        """Tell whether the log is reduced once `step` steps are done: at the same steps on all workers."""
+        return step % self.every == 0 or step % self.steps == 0
+
+    def add(self, loss: Tensor) -> None:
+        """Add this rank's share of one step's loss, without waiting for the device."""
+        self.loss += loss
+        self.count += 1
+
+    def reduce(self, step: int, rate: float, diagnostics: dict[str, Tensor]) -> bool:
+        """Gather the numbers since the last call, show and write them; tell whether a checkpoint is due.
+
+        Raises UserError on all workers when the loss is not finite.
+        """
+        seconds = time.monotonic() - self.started
+        clock = float(time.monotonic() - self.saved >= self.config.train.checkpoint_seconds)
+        names = sorted(diagnostics)
+        values = [self.loss / self.count, *(diagnostics[name].float() / self.worker.world for name in names)]
+        extra = [self.waited / seconds / self.worker.world, clock if self.first else 0.0]
+        vector = torch.cat([torch.stack([v.to(self.loss) for v in values]), self.loss.new_tensor(extra)])
+        if self.worker.world > 1:
+            dist.all_reduce(vector)
+        loss, *numbers, waited, save = vector.tolist()
+        if not torch.isfinite(vector[0]):
+            raise UserError(self.not_finite(step))
+        if self.first:
+            self.show(step, loss, rate, dict(zip(names, numbers, strict=True)), waited, seconds)
+        self.loss.zero_()
+        self.count, self.waited, self.started = 0, 0.0, time.monotonic()
+        return save > 0
+
+    def show(
+        self,
+        step: int,
+        loss: float,
+        rate: float,
+        diagnostics: dict[str, float],
+        waited: float,
+        seconds: float,
+    ) -> None:
+        """Show one line of progress and write one line of metrics."""
+        images = self.count * self.config.train.batch_size / seconds
+        self.progress.step(step, loss, diagnostics, waited * seconds, lr=rate)
+        numbers = {"loss": loss, "lr": rate, "images_per_second": images, "wait_share": waited, **diagnostics}
+        epoch = (step - 1) // self.steps
+        self.metrics.write(step, epoch, numbers)
+        if step % self.steps == 0:
+            self.progress.epoch_end(epoch, numbers)
+
+    def not_finite(self, step: int) -> str:
+        """Say where the loss broke and what is left."""
+        names = checkpoint_names(self.folder)
+        kept = f"the last good checkpoint is {names[-1]}" if names else "no checkpoint was written yet"
+        return (
+            f"the loss is not finite at step {step} (epoch {(step - 1) // self.steps + 1}); lower --train.lr "
+            f"or raise the temperatures; {kept}"
+        )
+
+    def was_saved(self) -> None:
+        """Start the clock of the next checkpoint."""
+        self.saved = time.monotonic()
+
+    def close(self) -> None:
+        """Finish the progress line and the files."""
+        if self.first:
+            self.progress.close()
+            self.metrics.close()

@@ -1,0 +1,63 @@
+"""Optimisers and schedules. A schedule is an array indexed by step, so resuming needs nothing but the step."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from timm.optim import Lars
+from torch import nn
+
+from isd_ray.config import TrainConfig
+
+
+def learning_rates(train: TrainConfig, steps_per_epoch: int) -> np.ndarray:
+    """Return the learning rate of every step, float64 [epochs * steps_per_epoch].
+
+    Warm-up is linear from zero and counts into the run. Cosine and step schedules change once an epoch, as in
+    the published ISD code: `lr / 2 * (1 + cos(pi * epoch / epochs))`, or `lr` times `gamma` for each milestone
+    that has passed.
+    """
+    epoch = np.repeat(np.arange(train.epochs), steps_per_epoch).astype(np.float64)
+    if train.schedule == "cosine":
+        factor = 0.5 * (1 + np.cos(np.pi * epoch / train.epochs))
+    elif train.schedule == "step":
+        passed = sum((epoch >= round(m * train.epochs)).astype(int) for m in train.milestones)
+        factor = train.gamma ** np.asarray(passed, dtype=np.float64) * np.ones_like(epoch)
+    else:
+        factor = np.ones_like(epoch)
+    warmup = train.warmup_epochs * steps_per_epoch
+    ramp = np.minimum(1.0, (np.arange(len(epoch)) + 1) / max(warmup, 1))
+    return train.lr * factor * ramp
+
+
+def teacher_momenta(momentum: float, schedule: str, steps: int) -> np.ndarray:
+    """Return the teacher's EMA momentum of every step, float64 [steps].
+
+    Cosine (BYOL, Grill et al. 2020): `1 - (1 - m0) * (cos(pi * step / steps) + 1) / 2`, from m0 to 1.
+    """
+    if schedule == "constant":
+        return np.full(steps, momentum)
+    return 1 - (1 - momentum) * (np.cos(np.pi * np.arange(steps) / steps) + 1) / 2
+
+
+def build_optimizer(module: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+    """Build the optimiser over the trainable parameters; the loop sets the learning rate of each step."""
+    groups = _parameter_groups(module.named_parameters(), train)
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=train.lr)
+    if train.optimizer == "lars":
+        return Lars(groups, lr=train.lr, momentum=train.sgd_momentum)
+    return torch.optim.SGD(groups, lr=train.lr, momentum=train.sgd_momentum)
+
+
+def _parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], train: TrainConfig) -> list[dict]:
+    """Split off norm parameters and biases if they are not decayed; LARS then does not adapt them either."""
+    trainable = [p for _, p in parameters if p.requires_grad]
+    if train.decay_norm_and_bias:
+        return [{"params": trainable, "weight_decay": train.weight_decay}]
+    matrices = [p for p in trainable if p.ndim > 1]
+    vectors = [p for p in trainable if p.ndim <= 1]
+    return [
+        {"params": matrices, "weight_decay": train.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]

@@ -1,0 +1,88 @@
+"""What changes while training, and what a checkpoint therefore holds."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from isd_ray.config import Config
+from isd_ray.methods import METHODS, Method, build_method, initial_keys
+from isd_ray.models.backbones import build_backbone
+from isd_ray.queue import DistributedQueue
+from isd_ray.train.optim import build_optimizer
+
+
+@dataclass
+class Worker:
+    """This process among the workers, and the device that it computes on."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
+@dataclass
+class State:
+    """Everything that changes while training. `step` counts finished optimiser steps."""
+
+    method: Method
+    queue: DistributedQueue
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+
+    def save(self) -> dict[str, Any]:
+        """Return tensors and plain values. All ranks call it together: a sharded queue is gathered."""
+        return {
+            "step": self.step,
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "queue": self.queue.state_dict(),
+        }
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Continue from `saved`, whatever number of workers saved it."""
+        self.method.load_state_dict(saved["method"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.queue.load_state_dict(saved["queue"])
+        self.step = saved["step"]
+
+
+def build_state(config: Config, device: torch.device) -> State:
+    """Build the method, its queue and its optimiser from the seed: the same on every rank."""
+    torch.manual_seed(config.train.seed)
+    model, size = config.model, config.data.image_size
+    backbone = build_backbone(model.backbone, stem=model.stem, image_size=size)
+    dim = METHODS[config.method.name].embedding_dim(int(backbone.dim))  # type: ignore[arg-type]
+    queue = build_queue(config, dim, device)
+    method = build_method(
+        config.method.name,
+        backbone,
+        queue,
+        temperature=config.method.temperature,
+        temperature_teacher=config.method.temperature_teacher,
+        views=config.method.views,
+        exclude_own=config.queue.exclude_own,
+    )
+    if config.train.sync_batch_norm:
+        method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
+    method = method.to(device, memory_format=torch.channels_last)
+    return State(method, queue, build_optimizer(method, config.train))
+
+
+def build_queue(config: Config, dim: int, device: torch.device) -> DistributedQueue:
+    """Build the queue and, where asked, fill it with random anchors that belong to no image."""
+    dtype = getattr(torch, config.queue.dtype)
+    queue = DistributedQueue(config.queue.size, dim, layout=config.queue.layout, dtype=dtype, device=device)
+    if config.queue.init != "empty":
+        generator = torch.Generator().manual_seed(config.train.seed)
+        keys = initial_keys(config.queue.init, config.queue.size, dim, generator)
+        none = torch.full((len(keys),), -1)
+        queue.load_state_dict({"keys": keys, "index": none, "label": none})
+    return queue
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Return the torch seed of one step on one rank, for layers that draw (dropout): no generator state to save."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1)

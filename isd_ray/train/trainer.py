@@ -1,0 +1,207 @@
+"""From a configuration to an evaluated backbone: prepare the run folder, train on Ray, evaluate, write the result."""
+
+import hashlib
+import io
+import json
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import yaml
+
+from isd_ray import interop
+from isd_ray.config import Config, flatten, merge, to_yaml, validate
+from isd_ray.data.catalog import Splits, open_dataset
+from isd_ray.errors import UserError
+from isd_ray.train import cluster
+from isd_ray.train.evaluation import evaluate_run
+from isd_ray.train.folder import RunFolder, checkpoint_names, load_checkpoint
+from isd_ray.train.loop import train
+from isd_ray.train.state import build_state
+
+# Options that may change between the start of a run and its continuation: they do not change what is learned.
+FREE = (
+    "name",
+    "output",
+    "address",
+    "data.root",
+    "data.shards",
+    "data.download",
+    "data.cache",
+    "train.workers",
+)
+FREE += ("train.threads", "train.log_every", "train.checkpoint_seconds", "train.keep_checkpoints")
+FREE += ("train.max_failures", "train.device", "train.gpus_per_worker", "queue.layout")
+FREE_SECTIONS = ("evaluate.",)
+
+
+def pretrain(config: Config) -> dict[str, Any]:
+    """Train and evaluate one run; returns what is written to result.json.
+
+    A run of the same name that was interrupted continues from its newest checkpoint; a finished one is returned as it
+    is. Raises UserError, before anything is written, for input that cannot work.
+    """
+    folder = RunFolder(run_uri(config))
+    if folder.exists("result.json"):
+        check_same(config, folder)
+        say(f"{folder.uri}: this run is finished; its result follows. Choose another --name to train anew.")
+        return folder.read_json("result.json")
+    if folder.exists("config.yaml"):
+        check_same(config, folder)
+    cluster.start_ray(config.address, config.train.workers)
+    device = cluster.choose_device(config)
+    splits = open_splits(config)
+    check_sizes(config, splits.train)
+    prepare_folder(config, folder, splits.train)
+    say(f"run folder: {folder.uri}")
+    started = time.monotonic()
+    cluster.run_workers(train, config, folder, device)
+    seconds = {"train": round(time.monotonic() - started, 1)}
+    export(config, folder)
+    result = summary(config, folder, seconds)
+    if config.evaluate.enabled:
+        result |= cluster.run_on(device, evaluate_run, config, folder, splits, device)
+        result["seconds"] |= seconds
+    folder.write_json("result.json", result)
+    return result
+
+
+def run_uri(config: Config) -> str:
+    """Return the run's folder. The default name holds a hash of all that changes what is learned."""
+    output = config.output
+    relative = "://" not in output and not Path(output).expanduser().is_absolute()
+    if relative and cluster.inside_job():
+        output = str(Path.home() / "isd_ray" / output)
+        say(
+            f"output: {output} (a job's working folder is thrown away; give --output an absolute path or URI)"
+        )
+    return f"{output.rstrip('/')}/{config.name or default_name(config)}"
+
+
+def default_name(config: Config) -> str:
+    """Return method, data set and eight digits that stand for the other options."""
+    text = json.dumps(fixed_options(config.model_dump()), sort_keys=True)
+    return f"{config.method.name}-{Path(config.data.dataset).stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def fixed_options(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the options, by dotted name, that must not change while a run lasts."""
+    flat = flatten(values)
+    return {k: v for k, v in flat.items() if k not in FREE and not k.startswith(FREE_SECTIONS)}
+
+
+def check_same(config: Config, folder: RunFolder) -> None:
+    """Refuse to continue a run with other options than it was started with."""
+    before = fixed_options(yaml.safe_load(folder.read("config.yaml")))
+    now = fixed_options(config.model_dump())
+    changed = [f"{k} was {before.get(k)!r}, now {v!r}" for k, v in now.items() if before.get(k) != v]
+    if changed:
+        raise UserError(
+            f"{folder.uri} holds a run with other options ({'; '.join(changed)}); choose another --name"
+        )
+
+
+def open_splits(config: Config) -> Splits:
+    """Open the data set and choose the pretraining subset."""
+    data = config.data
+    return open_dataset(
+        data.dataset,
+        root=data.root,
+        shards=data.shards,
+        scheme=data.scheme,
+        ratio=data.ratio,
+        seed=data.subset_seed,
+        class_order=data.class_order,
+    )
+
+
+def check_sizes(config: Config, table: pa.Table) -> None:
+    """Compare queue and batch with the number of images; say what a large queue means."""
+    images, queue = table.num_rows, config.queue.size
+    if not images:
+        raise UserError(f"data set {config.data.dataset}: no images; check --data.root or --data.shards")
+    if config.train.batch_size > images:
+        raise UserError(f"--train.batch_size {config.train.batch_size}: the data set has {images:,} images")
+    if queue > images:
+        raise UserError(
+            f"--queue.size {queue}: the data set has {images:,} images; use at most a quarter ({images // 4:,})"
+        )
+    if queue > images / 4:
+        masked = (
+            "its own anchors are masked" if config.queue.exclude_own else "its own anchors are NOT masked"
+        )
+        say(
+            f"note: the queue ({queue:,}) is larger than a quarter of the data set ({images:,} images), so that an "
+            f"image often meets anchors of its own; {masked} (--queue.exclude_own)"
+        )
+
+
+def prepare_folder(config: Config, folder: RunFolder, table: pa.Table) -> None:
+    """Write what the run is made of: its options and its rows. A continued run keeps the rows it began with."""
+    if not folder.exists("selection.parquet"):
+        sink = io.BytesIO()
+        pq.write_table(table, sink)
+        folder.write("selection.parquet", sink.getvalue())
+    folder.write("config.yaml", to_yaml(config).encode())
+
+
+def export(config: Config, folder: RunFolder) -> None:
+    """Write the trained student backbone as safetensors."""
+    state = build_state(config, torch.device("cpu"))
+    saved = load_checkpoint(folder)
+    if saved is None:
+        raise UserError(
+            f"{folder.uri}: training ended without a checkpoint; is the folder shared by all nodes?"
+        )
+    state.method.load_state_dict(saved["method"])
+    folder.write("backbone.safetensors", interop.backbone_bytes(state.method.encoders()["student"]))
+
+
+def summary(config: Config, folder: RunFolder, seconds: dict[str, float]) -> dict[str, Any]:
+    """Return what is known of a run without evaluating it."""
+    lines = folder.read("metrics.jsonl").decode().splitlines()
+    rates = sorted(json.loads(line)["images_per_second"] for line in lines)
+    names = ("torch", "torchvision", "ray", "pyarrow", "numpy", "timm")
+    return {
+        "name": folder.uri.rsplit("/", 1)[-1],
+        "folder": folder.uri,
+        "seconds": seconds,
+        "images_per_second": round(rates[len(rates) // 2], 1),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in names},
+        "config": config.model_dump(),
+    }
+
+
+def evaluate(
+    run: str, checkpoint: str | None, options: dict[str, Any], places: dict[str, Any]
+) -> dict[str, Any]:
+    """Evaluate a checkpoint of an existing run and write evaluation-<checkpoint>.json beside it.
+
+    options: fields of `evaluate` that replace the run's own; places: where the data lies now. None keeps the run's.
+    """
+    folder = RunFolder(run)
+    if not folder.exists("config.yaml"):
+        raise UserError(
+            f"{folder.uri}: no run there (config.yaml is missing); give the folder that a run printed"
+        )
+    saved = yaml.safe_load(folder.read("config.yaml"))
+    given = {f"evaluate.{k}": v for k, v in options.items()} | {f"data.{k}": v for k, v in places.items()}
+    config = validate(merge(saved, {k: v for k, v in given.items() if v is not None}))
+    cluster.start_ray(config.address, 0)
+    device = cluster.choose_device(config)
+    splits = open_splits(config)
+    result = summary(config, folder, {})
+    result |= cluster.run_on(device, evaluate_run, config, folder, splits, device, checkpoint)
+    name = checkpoint or checkpoint_names(folder)[-1]
+    folder.write_json(f"evaluation-{name.removesuffix('.pt')}.json", result)
+    return result
+
+
+def say(line: str) -> None:
+    """Print one line for the user, at once."""
+    print(line, flush=True)

@@ -1,0 +1,53 @@
+"""Evaluate a checkpoint of a run: kNN and linear accuracy of student and teacher, over all classes and by group.
+
+python jobs/evaluate.py runs/NAME
+python jobs/evaluate.py runs/NAME --checkpoint step-00001000.pt --bank train --no-linear
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job's copy of the project is not installed
+
+from isd_ray.errors import UserError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("run", help="folder or URI of the run")
+    options.add_argument("--checkpoint", help="name of a checkpoint of the run (default: the newest)")
+    options.add_argument("--bank", choices=["auto", "balanced", "train"], help="labelled bank of kNN")
+    options.add_argument(
+        "--linear", action=argparse.BooleanOptionalAction, help="train the linear classifier too"
+    )
+    options.add_argument(
+        "--baselines", action=argparse.BooleanOptionalAction, help="untrained backbone and raw pixels"
+    )
+    options.add_argument("--shards", help="folder or URI of the shards, where they moved since the run")
+    options.add_argument("--root", help="folder of the raw data set, where it moved since the run")
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    """Run the job; 0 when it is done, 2 for a mistake in the options or the data."""
+    given = parser().parse_args(arguments)
+    try:
+        from isd_ray.evaluate.table import print_result
+
+        from isd_ray.train.trainer import evaluate
+
+        options = {"bank": given.bank, "linear": given.linear, "baselines": given.baselines}
+        places = {"shards": given.shards, "root": given.root}
+        print_result(evaluate(given.run, given.checkpoint, options, places))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

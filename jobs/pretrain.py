@@ -1,0 +1,32 @@
+"""Pretrain a backbone on unlabelled images and evaluate it. Without options: the embedded data set, in minutes.
+
+python jobs/pretrain.py --data.dataset cifar10_lt --data.shards /data/shards/cifar10 --train.workers 2
+ray job submit --working-dir . -- python jobs/pretrain.py --config jobs/recipes/cifar10_lt.yaml
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job's copy of the project is not installed
+
+from isd_ray.config import parse
+from isd_ray.errors import UserError
+
+
+def main(arguments: list[str]) -> int:
+    """Run the job; 0 when it is done, 2 for a mistake in the options or the data."""
+    try:
+        config = parse(arguments, program="jobs/pretrain.py")
+        from isd_ray.evaluate.table import print_result
+
+        from isd_ray.train.trainer import pretrain
+
+        print_result(pretrain(config))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,80 @@
+"""Layers win in their order, everything can be fed back, and every mistake is named with its nearest right name."""
+
+import pytest
+import yaml
+
+from isd_ray.config import merge, option_names, parse, read_yaml, resolve, to_yaml
+from isd_ray.errors import UserError
+
+
+def test_command_line_wins_over_file_and_defaults(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("train.lr: 0.3\ntrain:\n  epochs: 7\nmethod:\n  name: isd_plus\n")
+    config = parse(["--config", str(recipe), "--train.epochs", "9"])
+    assert (config.train.lr, config.train.epochs, config.method.name) == (0.3, 9, "isd_plus")
+
+
+def test_method_defaults_apply_below_the_user(tmp_path):
+    plus = resolve({"method.name": "isd_plus", "data.dataset": "cifar10"})
+    assert (plus.method.temperature, plus.method.temperature_teacher) == (0.1, 0.01)
+    chosen = resolve({"method.name": "isd_plus", "data.dataset": "cifar10", "method.temperature": 0.5})
+    assert (chosen.method.temperature, chosen.method.temperature_teacher) == (0.5, 0.01)
+
+
+def test_resolved_config_feeds_back(tmp_path):
+    config = resolve({"train.epochs": 3, "method.views": ["weak", "strong"]})
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert parse(["--config", str(path)]) == config
+
+
+def test_environment_does_not_leak_in(monkeypatch):
+    monkeypatch.setenv("NAME", "stray")
+    monkeypatch.setenv("OUTPUT", "/stray")
+    assert (resolve({}).name, resolve({}).output) == (None, "runs")
+
+
+def test_merge_unfolds_dotted_names():
+    assert merge({"a.b": 1, "a": {"c": 2}}, {"a.b": 3}) == {"a": {"b": 3, "c": 2}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--train.epocs", "3"], ["--train.epocs", "'train.epochs'"]),
+        (["--train.epocs", "3", "--queue.sise", "4"], ["'train.epochs'", "'queue.size'"]),
+        (["--train.epochs", "0"], ["--train.epochs", "greater than or equal to 1"]),
+        (["--train.epochs", "x", "--queue.layout", "ring"], ["--train.epochs", "--queue.layout"]),
+        (["--method.name", "isdplus"], ["isdplus", "isd_plus"]),
+        (["--data.dataset", "cifar10_lr"], ["cifar10_lr", "cifar10_lt"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["stray"], ["stray"]),
+    ],
+)
+def test_mistakes_are_named(arguments, words):
+    with pytest.raises(UserError) as error:
+        parse(arguments)
+    assert all(word in str(error.value) for word in words)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["train: [1", "- 1\n- 2"])
+def test_broken_yaml_is_refused_in_one_line(tmp_path, text):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        read_yaml(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"--{name}" in text for name in option_names())
+
+
+def test_saved_yaml_is_plain():
+    assert yaml.safe_load(to_yaml(resolve({})))["train"]["workers"] >= 0

@@ -1,0 +1,68 @@
+"""Schedules equal their formulas at every step; optimisers decay what they are told to."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from isd_ray.config import TrainConfig
+from isd_ray.train.optim import build_optimizer, learning_rates, teacher_momenta
+
+
+def test_cosine_changes_once_an_epoch():
+    rates = learning_rates(TrainConfig(epochs=4, lr=0.2, schedule="cosine"), steps_per_epoch=3)
+    expected = [0.1 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4) for _ in range(3)]
+    np.testing.assert_allclose(rates, expected)
+
+
+def test_step_drops_at_the_published_epochs():
+    train = TrainConfig(epochs=200, lr=1.0, schedule="step", milestones=[0.7, 0.9], gamma=0.2)
+    rates = learning_rates(train, steps_per_epoch=1)
+    assert rates[139] == 1.0
+    assert rates[140] == pytest.approx(0.2)
+    assert rates[179] == pytest.approx(0.2)
+    assert rates[180] == pytest.approx(0.04)
+
+
+def test_warmup_is_linear():
+    train = TrainConfig(epochs=4, lr=1.0, schedule="constant", warmup_epochs=2)
+    np.testing.assert_allclose(learning_rates(train, 5)[:11], [*np.arange(1, 11) / 10, 1.0])
+
+
+def test_teacher_momentum():
+    assert set(teacher_momenta(0.99, "constant", 7)) == {0.99}
+    rising = teacher_momenta(0.9, "cosine", 100)
+    assert rising[0] == pytest.approx(0.9)
+    assert np.all(np.diff(rising) > 0)
+    assert rising[-1] < 1
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])
+def test_decay_of_norm_and_bias_is_a_choice(name):
+    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+    net[2].weight.requires_grad_(False)
+    groups = build_optimizer(net, TrainConfig(optimizer=name, decay_norm_and_bias=False)).param_groups
+    decayed = [p for g in groups if g["weight_decay"] for p in g["params"]]
+    assert len(decayed) == 1
+    assert decayed[0] is net[0].weight
+    together = build_optimizer(net, TrainConfig(optimizer=name)).param_groups
+    assert len(together) == 1
+    assert len(together[0]["params"]) == 5
+
+
+def test_sgd_equals_torch_sgd():
+    torch.manual_seed(0)
+    net = nn.Linear(4, 2)
+    twin = nn.Linear(4, 2)
+    twin.load_state_dict(net.state_dict())
+    ours = build_optimizer(net, TrainConfig(lr=0.1, weight_decay=1e-2))
+    theirs = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
+    for _ in range(3):
+        x = torch.randn(8, 4)
+        for module, optimizer in ((net, ours), (twin, theirs)):
+            optimizer.zero_grad()
+            module(x).square().sum().backward()
+            optimizer.step()
+    assert torch.equal(net.weight, twin.weight)
