@@ -1,0 +1,84 @@
+"""The result of an evaluation as a table that a person reads: on a terminal, in a job's log, in Markdown."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+TITLES = {"knn1": "1-NN", "knn20": "20-NN", "knn200_weighted": "200-NN weighted", "linear": "linear"}
+WIDTH = 100
+MAX_CLASSES = 20  # more do not fit into a line; they stand in result.json
+
+
+def print_table(
+    result: dict[str, Any],
+    out: TextIO | None = None,
+    *,
+    class_names: Sequence[str] | None = None,
+    by: str = "knn20",
+) -> None:
+    """Print a result of `evaluate_encoders`, at most 100 columns wide: a row an encoder, a column a metric,
+    then the groups of metric `by`, and its accuracy per class for the first encoder. Colour only on a
+    terminal.
+    """
+    header, rows = _cells(result, by)
+    table = Table(
+        box=box.SIMPLE_HEAD, title="Accuracy on the test set (%)", title_justify="left", pad_edge=False
+    )
+    for i, name in enumerate(header):
+        table.add_column(name, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(file=out or sys.stdout, width=WIDTH, highlight=False)
+    console.print(table)
+    for line in _notes(result, by, class_names):
+        console.print(line, markup=False)
+
+
+def markdown(result: dict[str, Any], *, class_names: Sequence[str] | None = None, by: str = "knn20") -> str:
+    """Return the same table and notes as Markdown."""
+    header, rows = _cells(result, by)
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)]
+    notes = [line for note in _notes(result, by, class_names) for line in ("", note)]
+    return "\n".join(lines + notes) + "\n"
+
+
+def _cells(result: dict[str, Any], by: str) -> tuple[list[str], list[list[str]]]:
+    metrics = list(next(iter(result["metrics"].values())))
+    groups = list(result["protocol"]["groups"]["classes"]) if by in metrics else []
+    title = TITLES.get(by, by)
+    header = ["", *[TITLES.get(m, m) for m in metrics], *[f"{g} ({title})" for g in groups]]
+    rows = []
+    for name, values in result["metrics"].items():
+        by_group = result["groups"][name].get(by) or {}
+        rows.append(
+            [name, *[_percent(values[m]) for m in metrics], *[_percent(by_group.get(g)) for g in groups]]
+        )
+    return header, rows
+
+
+def _notes(result: dict[str, Any], by: str, class_names: Sequence[str] | None) -> list[str]:
+    """Lines below the table: per class, groups, bank, and what was left out and why."""
+    protocol, notes = result["protocol"], []
+    name, per_class = next((n, m.get(by)) for n, m in result["per_class"].items())
+    if per_class and len(per_class) <= MAX_CLASSES:
+        names = class_names or [str(c) for c in range(len(per_class))]
+        each = ", ".join(f"{c} {_percent(v)}" for c, v in zip(names, per_class, strict=True))
+        notes.append(f"{TITLES.get(by, by)} per class, {name}: {each}")
+    sizes = ", ".join(f"{group} {len(members)}" for group, members in protocol["groups"]["classes"].items())
+    notes.append(f"Classes by pretraining count: {sizes or 'all equally frequent'}.")
+    bank = protocol["bank"]
+    notes.append(f"{bank['name'].capitalize()}: {bank['images']} labelled images, "
+                 f"{bank['smallest_class']} to {bank['largest_class']} a class.")  # fmt: skip
+    for metric, p in protocol.items():
+        if "left_out" in p:
+            notes.append(f"{TITLES.get(metric, metric)} is left out: {p['left_out']}.")
+    return notes
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
