@@ -216,14 +216,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def resolve(*layers: Layer) -> Config:
     """Merge the layers over the defaults of the method and the data set that they choose."""
     from isd_ray.data.catalog import load_definition
-    from isd_ray.methods import method_defaults
+    from isd_ray.methods import find_method
 
     given = merge(*layers)
     _refuse_unknown_keys(given)
     chosen = validate(_only_names(given))
     definition = load_definition(chosen.data.dataset)
     per_method = definition.methods.get(chosen.method.name, {})
-    return validate(merge(method_defaults(chosen.method.name), definition.defaults, per_method, given))
+    return validate(merge(find_method(chosen.method.name).defaults, definition.defaults, per_method, given))
 
 
 def validate(values: Layer) -> Config:

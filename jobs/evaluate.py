@@ -36,9 +36,7 @@ def main(arguments: list[str]) -> int:
     """Run the job; 0 when it is done, 2 for a mistake in the options or the data."""
     given = parser().parse_args(arguments)
     try:
-        from isd_ray.evaluate.table import print_result
-
-        from isd_ray.train.trainer import evaluate
+        from isd_ray.train.trainer import evaluate, print_result
 
         options = {"bank": given.bank, "linear": given.linear, "baselines": given.baselines}
         places = {"shards": given.shards, "root": given.root}

@@ -17,9 +17,7 @@ def main(arguments: list[str]) -> int:
     """Run the job; 0 when it is done, 2 for a mistake in the options or the data."""
     try:
         config = parse(arguments, program="jobs/pretrain.py")
-        from isd_ray.evaluate.table import print_result
-
-        from isd_ray.train.trainer import pretrain
+        from isd_ray.train.trainer import pretrain, print_result
 
         print_result(pretrain(config))
     except UserError as error:

@@ -1,5 +1,6 @@
 """The evaluation of a run: its networks, an untrained one and raw pixels, on the labelled images of its data set."""
 
+import os
 from typing import Any
 
 import pyarrow as pa
@@ -10,7 +11,7 @@ from isd_ray.config import Config
 from isd_ray.data.augment import center_view
 from isd_ray.data.catalog import Splits
 from isd_ray.data.index import class_counts, classes, labels
-from isd_ray.data.stream import load_images
+from isd_ray.data.stream import ordered
 from isd_ray.errors import UserError
 from isd_ray.evaluate.protocols import evaluate_encoders
 from isd_ray.train.folder import RunFolder, load_checkpoint
@@ -79,11 +80,18 @@ def choose_bank(config: Config, splits: Splits) -> pa.Table | None:
 
 
 def load_labelled(table: pa.Table, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decode the labelled rows: images uint8 [N, C, H, W] and labels int64 [N]."""
-    label = torch.from_numpy(labels(table))
-    if bool((label < 0).any()):
+    """Decode the labelled rows: images uint8 [N, C, H, W] and labels int64 [N]; broken images are left out."""
+    unlabelled = int((labels(table) < 0).sum())
+    if unlabelled:
         raise UserError(
-            f"{int((label < 0).sum())} images to evaluate on have no label; label them or leave them out"
+            f"{unlabelled} images to evaluate on have no label; label them, or --evaluate.enabled false"
         )
-    images, kept = load_images(table, size=config.data.image_size, max_bad=config.data.max_bad)
-    return images, label[kept]
+    size = config.data.image_size
+    need, have = table.num_rows * 3 * size**2, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > have // 2:
+        raise UserError(
+            f"the labelled images take {need / 2**30:.0f} GiB decoded, more than half of this machine's memory; "
+            "use --evaluate.bank train, or --evaluate.enabled false"
+        )
+    batches = list(ordered(table, size=size, max_bad=config.data.max_bad))
+    return torch.cat([batch.image[:, 0] for batch in batches]), torch.cat([batch.label for batch in batches])

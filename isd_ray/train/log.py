@@ -86,14 +86,14 @@ class Log:
         waited: float,
         seconds: float,
     ) -> None:
-        """Show one line of progress and write one line of metrics."""
-        images = self.count * self.config.train.batch_size / seconds
+        """Show progress and write one line of metrics."""
         self.progress.step(step, loss, diagnostics, waited * seconds, lr=rate)
-        numbers = {"loss": loss, "lr": rate, "images_per_second": images, "wait_share": waited, **diagnostics}
-        epoch = (step - 1) // self.steps
-        self.metrics.write(step, epoch, numbers)
         if step % self.steps == 0:
-            self.progress.epoch_end(epoch, numbers)
+            self.progress.epoch_end(step // self.steps - 1)
+        images = self.count * self.config.train.batch_size / seconds
+        speed = {"images_per_second": round(images, 1), "wait_share": round(waited, 4)}
+        epoch = (step - 1) // self.steps
+        self.metrics.write({"step": step, "epoch": epoch, "loss": loss, "lr": rate, **speed, **diagnostics})
 
     def not_finite(self, step: int) -> str:
         """Say where the loss broke and what is left."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from isd_ray.config import Config
-from isd_ray.methods import METHODS, Method, build_method, initial_keys
+from isd_ray.methods import Method, build_method, find_method, initial_keys
 from isd_ray.models.backbones import build_backbone
 from isd_ray.queue import DistributedQueue
 from isd_ray.train.optim import build_optimizer
@@ -54,7 +54,7 @@ def build_state(config: Config, device: torch.device) -> State:
     torch.manual_seed(config.train.seed)
     model, size = config.model, config.data.image_size
     backbone = build_backbone(model.backbone, stem=model.stem, image_size=size)
-    dim = METHODS[config.method.name].embedding_dim(int(backbone.dim))  # type: ignore[arg-type]
+    dim = find_method(config.method.name).embedding_dim(int(backbone.dim))  # type: ignore[arg-type]
     queue = build_queue(config, dim, device)
     method = build_method(
         config.method.name,
@@ -78,8 +78,9 @@ def build_queue(config: Config, dim: int, device: torch.device) -> DistributedQu
     if config.queue.init != "empty":
         generator = torch.Generator().manual_seed(config.train.seed)
         keys = initial_keys(config.queue.init, config.queue.size, dim, generator)
-        none = torch.full((len(keys),), -1)
-        queue.load_state_dict({"keys": keys, "index": none, "label": none})
+        none, count = torch.full((len(keys),), -1), torch.tensor(len(keys))
+        state = {"keys": keys, "index": none, "label": none, "seen": count, "steps": torch.tensor(0)}
+        queue.load_state_dict(state)  # every rank knows all of them: no rank enqueues another's
     return queue
 
 

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import platform
+import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,7 @@ from isd_ray import interop
 from isd_ray.config import Config, flatten, merge, to_yaml, validate
 from isd_ray.data.catalog import Splits, open_dataset
 from isd_ray.errors import UserError
+from isd_ray.evaluate.table import print_table
 from isd_ray.train import cluster
 from isd_ray.train.evaluation import evaluate_run
 from isd_ray.train.folder import RunFolder, checkpoint_names, load_checkpoint
@@ -66,7 +68,7 @@ def pretrain(config: Config) -> dict[str, Any]:
     result = summary(config, folder, seconds)
     if config.evaluate.enabled:
         result |= cluster.run_on(device, evaluate_run, config, folder, splits, device)
-        result["seconds"] |= seconds
+        result["seconds"] = seconds | result["seconds"]
     folder.write_json("result.json", result)
     return result
 
@@ -159,7 +161,10 @@ def export(config: Config, folder: RunFolder) -> None:
             f"{folder.uri}: training ended without a checkpoint; is the folder shared by all nodes?"
         )
     state.method.load_state_dict(saved["method"])
-    folder.write("backbone.safetensors", interop.backbone_bytes(state.method.encoders()["student"]))
+    with tempfile.TemporaryDirectory() as local:
+        path = Path(local) / "backbone.safetensors"
+        interop.export_backbone(state.method.encoders()["student"], path, config.data.mean, config.data.std)
+        folder.write(path.name, path.read_bytes())
 
 
 def summary(config: Config, folder: RunFolder, seconds: dict[str, float]) -> dict[str, Any]:
@@ -200,6 +205,17 @@ def evaluate(
     name = checkpoint or checkpoint_names(folder)[-1]
     folder.write_json(f"evaluation-{name.removesuffix('.pt')}.json", result)
     return result
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """Print the table of accuracies and where everything lies."""
+    if result.get("metrics"):
+        print_table(result, class_names=result["classes"])
+    elif "note" in result:
+        say(result["note"])
+    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in result["seconds"].items())
+    say(f"{result['images_per_second']:.0f} images/s; {seconds}")
+    say(f"results: {result['folder']}/result.json")
 
 
 def say(line: str) -> None:
