@@ -1,1 +1,8 @@
-"""The queue of anchors and the losses that read it."""
+"""The queue of anchors, past teacher embeddings, and the losses that read it.
+
+>>> from isd_ray.queue import DistributedQueue, losses
+"""
+
+from isd_ray.queue.distributed import DistributedQueue
+
+__all__ = ["DistributedQueue"]
