@@ -1,1 +1,48 @@
-"""Self-supervised methods, one page each."""
+"""Self-supervised methods, one page each, and how to build one by name."""
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from isd_ray.errors import UserError, nearest
+from isd_ray.methods.base import Method, Output
+from isd_ray.methods.isd import ISD, ISDR18, ISDPlus, initial_keys
+
+METHODS: dict[str, type[Method]] = {"isd": ISD, "isd_r18": ISDR18, "isd_plus": ISDPlus}
+
+__all__ = ["METHODS", "Method", "Output", "build_method", "find_method", "initial_keys", "options_of"]
+
+
+def find_method(name: str) -> type[Method]:
+    """The class of a method; raises UserError with the nearest name for an unknown one."""
+    if name not in METHODS:
+        hint = nearest(name, METHODS) or f" Known: {', '.join(METHODS)}."
+        raise UserError(f"unknown method '{name}'.{hint}")
+    return METHODS[name]
+
+
+def build_method(name: str, backbone: nn.Module, queue: Any, **options: Any) -> Method:
+    """Build a method on a backbone and a queue of `find_method(name).embedding_dim(backbone.dim)` columns.
+
+    options: the keyword arguments of its constructor. Raises UserError for one that it does not have.
+    """
+    method: Any = find_method(name)
+    for option in options:
+        _refuse_unknown(name, option)
+    return method(backbone, queue, **options)
+
+
+def options_of(name: str) -> tuple[str, ...]:
+    """Names of the options of a method: the keyword-only arguments of its constructor."""
+    parameters = inspect.signature(find_method(name)).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
+
+
+def _refuse_unknown(name: str, option: str) -> None:
+    known = options_of(name)
+    if option in known:
+        return
+    owners = [other for other in METHODS if option in options_of(other)]
+    hint = f" {', '.join(owners)} has it." if owners else nearest(option, known)
+    raise UserError(f"method '{name}' has no option '{option}'.{hint}")

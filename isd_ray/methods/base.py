@@ -1,0 +1,65 @@
+"""Methods differ in heads, views and loss; the loop, the evaluation and the checkpoints see none of that."""
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Output(NamedTuple):
+    """What a method returns for one batch: the mean loss over its rows, and numbers to look at (scalars)."""
+
+    loss: Tensor
+    diagnostics: dict[str, Tensor]
+
+
+class Method(nn.Module):
+    """One method of self-supervised learning: a page that declares heads, views and loss, and nothing else.
+
+    The loop calls, once an optimiser step, `update_teacher(momentum)` and then `forward`. That is the
+    papers' order: theirs updates the teacher after the student's forward pass and before the teacher's, and
+    nothing between the two calls here depends on it.
+
+    views: the augmentation recipe of each entry of `forward`'s list, in its order.
+    defaults: dotted config names -> values of the published recipe; what the user sets goes before them.
+    """
+
+    views: tuple[str, ...]
+    defaults: ClassVar[dict[str, Any]] = {}
+
+    @classmethod
+    def embedding_dim(cls, backbone_dim: int) -> int:
+        """Width of the embeddings in the queue; known before a backbone or a queue exists."""
+        raise NotImplementedError
+
+    def update_teacher(self, momentum: float) -> None:
+        """Move the teacher towards the student; a method without a teacher has nothing to do."""
+
+    def forward(
+        self, views: list[Tensor], index: Tensor, label: Tensor | None = None, diagnose: bool = False
+    ) -> Output:
+        """Loss of one batch.
+
+        views: a float tensor [b, 3, S, S] for each name in `self.views`; index: int64 [b], row of the index
+        table;
+        label: int64 [b] or None (-1: none), for diagnostics only; diagnose: compute the diagnostics.
+        """
+        raise NotImplementedError
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """The backbones to evaluate, by name."""
+        raise NotImplementedError
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of x [b, D] at length 1, in at least float32: the loss stays exact under autocast."""
+    return F.normalize(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, dim=1)
+
+
+def spread(x: Tensor) -> Tensor:
+    """Mean over dimensions of the standard deviation over rows of unit vectors x [b, D], times sqrt(D).
+
+    1 means that the batch fills the sphere, 0 that all embeddings are equal (collapse).
+    """
+    return x.std(dim=0, unbiased=False).mean() * x.shape[1] ** 0.5

@@ -1,0 +1,204 @@
+"""Most images of an unbalanced set are no negatives of each other; ISD learns how similar they are instead.
+
+Tejankar, Koohpayegani, Pillai, Favaro, Pirsiavash: ISD: Self-Supervised Learning by Iterative Similarity
+Distillation, ICCV 2021 (arXiv 2012.09259). The student q and the teacher k see two views of an image and
+compare it with the same anchors (past teacher embeddings in the queue); the student learns the teacher's
+distribution over them:
+
+    q = n(h(g(f(view_student)))),  k = n(g(f_teacher(view_teacher)))
+    loss = KL(softmax(A k / temperature_teacher) || softmax(A q / temperature))
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from isd_ray.errors import UserError, nearest
+from isd_ray.methods.base import Method, Output, spread, unit
+from isd_ray.models.heads import mlp
+from isd_ray.models.teacher import Teacher
+from isd_ray.queue.losses import queue_diagnostics, similarity_kl
+
+QUEUE_INITS = ("empty", "unit", "isd_v1")
+
+
+class ISD(Method):
+    """ISD without a projector: the anchors are the features themselves, predictor d -> d -> d (`isd`).
+
+    backbone: images -> features [b, backbone.dim]; queue: of `embedding_dim(backbone.dim)` columns.
+    temperature: of the student; temperature_teacher: of the teacher. views: recipes (student, teacher).
+    exclude_own: leave out the anchors that come from the image itself. On a set not much larger than the
+    queue they would take nearly all of the teacher's mass.
+
+    The published recipe is made for ImageNet: momentum .999, queue 128 000, initialised "isd_v1", own
+    anchors not excluded, .7 of the run = epoch 140. The defaults keep its temperatures, optimiser and
+    schedule and take the rest at the size of small data (momentum .99 has a time constant of 100 steps).
+    """
+
+    views = ("strong", "strong")
+    defaults: ClassVar[dict[str, Any]] = {
+        "method.temperature": 0.02,
+        "method.temperature_teacher": 0.02,
+        "method.momentum": 0.99,
+        "method.views": ["strong", "strong"],
+        "queue.size": 4096,
+        "queue.exclude_own": True,
+        "queue.init": "empty",
+        "train.lr": 0.01,
+        "train.schedule": "step",
+        "train.milestones": [0.7, 0.9],
+        "train.gamma": 0.2,
+        "train.weight_decay": 1e-4,
+        "train.epochs": 200,
+        "train.batch_size": 256,
+        "train.warmup_epochs": 0,
+    }
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        queue: Any,
+        *,
+        temperature: float = 0.02,
+        temperature_teacher: float = 0.02,
+        views: Sequence[str] = ("strong", "strong"),
+        exclude_own: bool = True,
+    ) -> None:
+        super().__init__()
+        projector, self.predictor = self.heads(int(backbone.dim))  # type: ignore[arg-type]
+        self.student = nn.Sequential(OrderedDict(backbone=backbone, projector=projector))
+        self.teacher = Teacher(self.student)
+        self.queue = queue  # neither module nor buffer: its state is saved apart, in global order of age
+        self.temperature, self.temperature_teacher = temperature, temperature_teacher
+        self.views, self.exclude_own = _student_and_teacher(views), exclude_own
+
+    @classmethod
+    def embedding_dim(cls, backbone_dim: int) -> int:
+        return backbone_dim
+
+    @staticmethod
+    def heads(dim: int) -> tuple[nn.Module, nn.Module]:
+        """Projector (student and teacher) and predictor (student only) for features of width `dim`."""
+        return nn.Identity(), mlp([dim, dim, dim], bias=False)
+
+    def update_teacher(self, momentum: float) -> None:
+        self.teacher.update(self.student, momentum)
+
+    def forward(
+        self, views: list[Tensor], index: Tensor, label: Tensor | None = None, diagnose: bool = False
+    ) -> Output:
+        view_student, view_teacher = views
+        q = unit(self.predictor(self.student(view_student)))  # b x D
+        k = unit(self.teacher(view_teacher))  # b x D, no gradient
+        own = index if self.exclude_own else None
+        loss = similarity_kl(self.queue, q, k, self.temperature, self.temperature_teacher, exclude=own).mean()
+        diagnostics = self.diagnose(q, k, index, label) if diagnose else {}
+        self.queue.enqueue(k, index, label)  # after the similarities: k is no anchor of its own step
+        return Output(loss, diagnostics)
+
+    @torch.no_grad()
+    def diagnose(self, q: Tensor, k: Tensor, index: Tensor, label: Tensor | None) -> dict[str, Tensor]:
+        """Entropy, top and own-image mass and purity of the teacher's distribution; spread of both networks."""
+        own = index if self.exclude_own else None
+        numbers = queue_diagnostics(self.queue, k, self.temperature_teacher, index, label, exclude=own)
+        return {**numbers, "spread_student": spread(q), "spread_teacher": spread(k)}
+
+    def encoders(self) -> dict[str, nn.Module]:
+        networks = {"student": self.student, "teacher": self.teacher.network}
+        return {name: network.get_submodule("backbone") for name, network in networks.items()}
+
+
+class ISDR18(ISD):
+    """ISD with a choice of views, by default strong for the student and weak for the teacher (`isd_r18`)."""
+
+    views = ("strong", "weak")
+    defaults: ClassVar[dict[str, Any]] = {**ISD.defaults, "method.views": ["strong", "weak"]}
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        queue: Any,
+        *,
+        temperature: float = 0.02,
+        temperature_teacher: float = 0.02,
+        views: Sequence[str] = ("strong", "weak"),
+        exclude_own: bool = True,
+    ) -> None:
+        super().__init__(
+            backbone,
+            queue,
+            temperature=temperature,
+            temperature_teacher=temperature_teacher,
+            views=views,
+            exclude_own=exclude_own,
+        )
+
+
+class ISDPlus(ISDR18):
+    """ISD with projector d -> 2d -> d/4, predictor d/4 -> 2d -> d/4 and a sharper teacher (`isd_plus`).
+
+    The published recipe has momentum .99, lr .05 with cosine, queue 128 000 of random unit rows, and
+    excludes nothing.
+    """
+
+    defaults: ClassVar[dict[str, Any]] = {
+        **ISDR18.defaults,
+        "method.temperature": 0.1,
+        "method.temperature_teacher": 0.01,
+        "train.lr": 0.05,
+        "train.schedule": "cosine",
+    }
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        queue: Any,
+        *,
+        temperature: float = 0.1,
+        temperature_teacher: float = 0.01,
+        views: Sequence[str] = ("strong", "weak"),
+        exclude_own: bool = True,
+    ) -> None:
+        super().__init__(
+            backbone,
+            queue,
+            temperature=temperature,
+            temperature_teacher=temperature_teacher,
+            views=views,
+            exclude_own=exclude_own,
+        )
+
+    @classmethod
+    def embedding_dim(cls, backbone_dim: int) -> int:
+        return backbone_dim // 4
+
+    @staticmethod
+    def heads(dim: int) -> tuple[nn.Module, nn.Module]:
+        return mlp([dim, 2 * dim, dim // 4]), mlp([dim // 4, 2 * dim, dim // 4])
+
+
+def initial_keys(kind: str, size: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
+    """Anchors of a new queue, oldest first, [size, dim] float32; enqueue them with index -1 and label -1.
+
+    kind: "empty" (no rows: a slot takes no part until it is filled), "unit" (random unit rows, as published
+    for ISD-plus), "isd_v1" (as published for ISD: every column at length 1 over the queue, so that rows
+    have a length of about sqrt(dim / size) and the teacher starts out nearly uniform).
+    """
+    if kind not in QUEUE_INITS:
+        raise UserError(
+            f"unknown queue initialisation '{kind}': choose one of {', '.join(QUEUE_INITS)}."
+            f"{nearest(kind, QUEUE_INITS)}"
+        )
+    if kind == "empty":
+        return torch.empty(0, dim)
+    return F.normalize(torch.randn(size, dim, generator=generator), dim=1 if kind == "unit" else 0)
+
+
+def _student_and_teacher(views: Sequence[str]) -> tuple[str, ...]:
+    if len(views) != 2:
+        raise UserError(f"ISD takes two views (student, teacher), not {len(views)}: {list(views)}.")
+    return tuple(views)

@@ -1,0 +1,167 @@
+"""A study needs the same backbone call for every network: `images [b, 3, S, S] -> pooled features [b, dim]`.
+
+Small CIFAR resnets run on a laptop, torchvision's resnets are what papers report, timm has everything else.
+A backbone has no classifier and carries `dim`, `arch`, `stem` and `image_size` as plain attributes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from isd_ray.errors import UserError, nearest
+
+SMALL_RESNETS = {"resnet8": 1, "resnet14": 2, "resnet20": 3, "resnet32": 5}  # name -> blocks a stage
+TORCHVISION_RESNETS: dict[str, Callable[..., nn.Module]] = {
+    "resnet18": torchvision.models.resnet18,
+    "resnet34": torchvision.models.resnet34,
+    "resnet50": torchvision.models.resnet50,
+}
+STEMS = ("auto", "imagenet", "cifar")
+CIFAR_STEM_UP_TO = 64  # pixels: above this, a stem that keeps the resolution costs more than it brings
+
+
+def build_backbone(name: str, stem: str = "auto", image_size: int = 32) -> nn.Module:
+    """Build an untrained backbone: images float [b, 3, S, S] -> features [b, dim].
+
+    name: resnet8, resnet14, resnet20, resnet32 (He et al. 2016, section 4.2), resnet18, resnet34, resnet50
+        (torchvision), or any timm model as "timm:NAME".
+    stem: of torchvision's resnets. "imagenet" is 7x7 stride 2 and a max-pool; "cifar" is 3x3 stride 1,
+    padding 1, no max-pool; "auto" takes "cifar" up to 64 pixels. The small resnets have a CIFAR stem, timm
+    its own.
+    image_size: side in pixels; passed on to the timm models that are built for one size.
+
+    Raises UserError for an unknown name or stem, a stem that the network does not have, or an image size that
+    it cannot process.
+    """
+    if stem not in STEMS:
+        raise UserError(f"unknown stem '{stem}': choose one of {', '.join(STEMS)}.{nearest(stem, STEMS)}")
+    if name in SMALL_RESNETS:
+        _refuse_stem(name, stem, allowed=("auto", "cifar"))
+        return _describe(SmallResNet(SMALL_RESNETS[name]), name, "cifar", image_size, dim=64)
+    if name in TORCHVISION_RESNETS:
+        resolved = ("cifar" if image_size <= CIFAR_STEM_UP_TO else "imagenet") if stem == "auto" else stem
+        return _torchvision_resnet(name, resolved, image_size)
+    if name.startswith("timm:"):
+        _refuse_stem(name, stem, allowed=("auto",))
+        return _timm_model(name, image_size)
+    raise UserError(f"unknown backbone '{name}'.{nearest(name, backbone_names())}")
+
+
+def backbone_names() -> list[str]:
+    """Every name that `build_backbone` knows, timm's included."""
+    import timm  # takes about a second: only paid by those who use it
+
+    return [*SMALL_RESNETS, *TORCHVISION_RESNETS, *(f"timm:{name}" for name in timm.list_models())]
+
+
+class SmallResNet(nn.Module):
+    """The CIFAR resnet of He et al. (2016), section 4.2: three stages of 16, 32 and 64 channels, 6n+2 layers.
+
+    Shortcuts are the paper's option A: where the shape changes, the input is subsampled and padded with zero
+    channels, so they have no weights. Convolutions start He-normal.
+    """
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = _stage(16, 16, blocks, stride=1)
+        self.layer2 = _stage(16, 32, blocks, stride=2)
+        self.layer3 = _stage(32, 64, blocks, stride=2)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(images)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return x.mean(dim=(2, 3))
+
+
+class SmallBlock(nn.Module):
+    """Two 3x3 convolutions and a parameter-free shortcut (option A)."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.stride, self.new_channels = stride, channels - channels_in
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.stride > 1:
+            x = x[:, :, :: self.stride, :: self.stride]
+        if self.new_channels:
+            half = self.new_channels // 2
+            x = F.pad(x, (0, 0, 0, 0, half, self.new_channels - half))
+        return F.relu(x + residual)
+
+
+def _stage(channels_in: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
+    first = SmallBlock(channels_in, channels, stride)
+    return nn.Sequential(first, *(SmallBlock(channels, channels, 1) for _ in range(blocks - 1)))
+
+
+def _torchvision_resnet(name: str, stem: str, image_size: int) -> nn.Module:
+    # torchvision's own start (He-normal, last BN of a block at one) is that of the published ISD code.
+    model: Any = TORCHVISION_RESNETS[name](weights=None)
+    dim = model.fc.in_features
+    model.fc = nn.Identity()
+    if stem == "cifar":
+        model.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        model.maxpool = nn.Identity()
+    return _describe(model, name, stem, image_size, dim)
+
+
+def _timm_model(name: str, image_size: int) -> nn.Module:
+    import timm
+
+    architecture = name.removeprefix("timm:")
+    if not timm.is_model(architecture):
+        raise UserError(f"timm has no model '{architecture}'.{nearest(name, backbone_names())}")
+    try:
+        model = _create_timm(architecture, image_size)
+        dim = _probe_dim(model, image_size)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"backbone '{name}' does not take images of {image_size} pixels: {reason}") from error
+    return _describe(model, name, "own", image_size, dim)
+
+
+def _create_timm(architecture: str, image_size: int) -> nn.Module:
+    import timm
+
+    options: dict[str, Any] = {"pretrained": False, "num_classes": 0, "in_chans": 3}
+    try:
+        return timm.create_model(architecture, img_size=image_size, **options)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        return timm.create_model(architecture, **options)  # built for any size
+
+
+@torch.no_grad()
+def _probe_dim(model: nn.Module, image_size: int) -> int:
+    """Width of the features, by one forward pass: timm's attributes do not say it for every family."""
+    features = model.eval()(torch.zeros(1, 3, image_size, image_size))
+    model.train()
+    if features.ndim != 2:
+        raise ValueError(f"features have shape {tuple(features.shape)}, not [b, dim]")
+    return features.shape[1]
+
+
+def _describe(model: Any, arch: str, stem: str, image_size: int, dim: int) -> nn.Module:
+    model.arch, model.stem, model.image_size, model.dim = arch, stem, image_size, dim
+    return model
+
+
+def _refuse_stem(name: str, stem: str, allowed: tuple[str, ...]) -> None:
+    if stem not in allowed:
+        raise UserError(f"backbone '{name}' has no stem '{stem}': use stem '{allowed[0]}'.")

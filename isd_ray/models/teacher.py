@@ -1,0 +1,45 @@
+"""A target that does not chase the student: the exponential moving average (EMA) of its weights."""
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Teacher(nn.Module):
+    """EMA copy of `student` (any module); it gets no gradient and keeps its own batch-norm statistics.
+
+    Only parameters are averaged. Batch norm works as in MoCo and ISD: in train mode the teacher normalises
+    with the statistics of its own batch and fills its own running buffers.
+    """
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(student).requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, *inputs: Any) -> Any:
+        return self.network(*inputs)
+
+    @torch.no_grad()
+    def update(self, student: nn.Module, momentum: float) -> None:
+        """`teacher <- momentum * teacher + (1 - momentum) * student`: 1 leaves it, 0 copies the student.
+
+        Raises ValueError where the student's parameters are not those it was built from, by name.
+        """
+        own, other = dict(self.network.named_parameters()), dict(student.named_parameters())
+        if own.keys() != other.keys():
+            raise ValueError(f"student and teacher differ in parameters: {sorted(own.keys() ^ other.keys())}")
+        torch._foreach_lerp_(list(own.values()), [other[name] for name in own], 1.0 - momentum)
+
+
+def cosine_momentum(start: float, step: int, total: int) -> float:
+    """Momentum from `start` at step 0 to 1 at step `total` along a half cosine (BYOL, Grill et al. 2020)."""
+    return 1.0 - (1.0 - start) * (math.cos(math.pi * min(step, total) / total) + 1.0) / 2.0
+
+
+def constant_momentum(start: float, step: int, total: int) -> float:
+    """The same momentum at every step (MoCo, ISD)."""
+    return start

@@ -1,0 +1,271 @@
+"""What a run is doing, for a person who watches and for a file that stays.
+
+`Progress` answers the questions of somebody in front of a terminal or a job's log: how far, how fast, is the
+data pipeline the bottleneck, does the loss fall, when is it done. `MetricsWriter` keeps the same numbers as
+JSON lines and TensorBoard, without repeated or missing steps when a run is resumed. Rank 0 alone uses them.
+
+A *step* counts finished optimiser steps of the whole run: the first call after a fresh start is step 1, after
+a resume from step s it is s + 1.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+from urllib.parse import urlsplit
+
+from pyarrow import fs
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+from torch import Tensor
+
+LIVE_REFRESH = 0.5  # seconds between two updates of the live line
+
+Row = dict[str, Any]
+Numbers = Mapping[str, float | Tensor]
+
+
+class Progress:
+    """Report a training loop: a live line on a terminal, else a plain line every `interval` seconds.
+
+    Both get one line at the end of each epoch. Loss and diagnostics may be tensors on any device: they are
+    read only when a report is due, so that the loop is not synchronised with the device at every step. `step`
+    and `epoch_end` return the reported numbers as a row for `MetricsWriter` (`step` returns None when no
+    report is due).
+    """
+
+    def __init__(
+        self,
+        total_epochs: int,
+        steps_per_epoch: int,
+        global_batch: int,
+        start_step: int = 0,
+        out: TextIO | None = None,
+        interval: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.total_epochs, self.steps_per_epoch, self.global_batch = (
+            total_epochs,
+            steps_per_epoch,
+            global_batch,
+        )
+        self.out = out or sys.stderr
+        self.interval, self.clock = interval, clock
+        self.start_step = self.last_step = self.window_step = start_step
+        self.started = self.window_start = self.shown = clock()
+        self.waited = 0.0
+        self.latest: Row = {}
+        self.live = self._start_live() if self.out.isatty() else None
+
+    def step(
+        self,
+        step: int,
+        loss: float | Tensor,
+        diagnostics: Numbers,
+        waited_seconds: float,
+        lr: float | None = None,
+    ) -> Row | None:
+        """Note that step `step` is finished; `waited_seconds` of it were spent waiting for data."""
+        self.last_step = step
+        self.waited += waited_seconds
+        now = self.clock()
+        due = now - self.window_start >= self.interval
+        if due or (self.live and now - self.shown >= LIVE_REFRESH):
+            row = self._row(loss, diagnostics, lr, now)
+            self._show(row, keep=due and not self.live)
+            self.shown = now
+            if due:
+                self._new_window(row, now)
+                return row
+        self._pending = (loss, dict(diagnostics), lr)
+        return None
+
+    def epoch_end(self, epoch: int, metrics: Numbers | None = None) -> Row:
+        """Note that `epoch` (from 0) is finished, with what was measured at its end."""
+        now = self.clock()
+        row = self._row(*self._pending, now) if self.last_step > self.window_step else dict(self.latest)
+        self._new_window(row, now)
+        row |= {"step": self.last_step, "epoch": epoch, "epoch_end": True, **_floats(metrics or {})}
+        self._show(row, keep=True, end=" (epoch done)")
+        return row
+
+    def close(self) -> None:
+        """End the live line. Safe to call twice."""
+        if self.live:
+            self.live.stop()
+            self.live = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _row(self, loss: float | Tensor, diagnostics: Numbers, lr: float | None, now: float) -> Row:
+        seconds = max(now - self.window_start, 1e-9)
+        steps = self.last_step - self.window_step
+        pace = (now - self.started) / max(self.last_step - self.start_step, 1)
+        total = self.total_epochs * self.steps_per_epoch
+        row: Row = {
+            "step": self.last_step,
+            "epoch": (self.last_step - 1) // self.steps_per_epoch,
+            "seconds": round(now - self.started, 3),
+            "loss": float(loss),
+            "images_per_second": steps * self.global_batch / seconds,
+            "wait_share": min(self.waited / seconds, 1.0),
+            "eta_seconds": pace * max(total - self.last_step, 0),
+        }
+        return row | ({} if lr is None else {"lr": lr}) | _floats(diagnostics)
+
+    def _new_window(self, row: Row, now: float) -> None:
+        self.latest = dict(row)
+        self.window_start, self.window_step, self.waited = now, self.last_step, 0.0
+
+    def _show(self, row: Row, *, keep: bool, end: str = "") -> None:
+        line = describe(row, self.total_epochs, self.total_epochs * self.steps_per_epoch) + end
+        if self.live and keep:
+            self.live.console.print(Text(line))
+        elif self.live:
+            self.live.update(Text(line), refresh=True)
+        else:
+            print(line, file=self.out, flush=True)
+
+    def _start_live(self) -> Live:
+        live = Live(console=Console(file=self.out), auto_refresh=False, transient=True)
+        live.start()
+        return live
+
+
+SHOWN_APART = (
+    "step",
+    "epoch",
+    "seconds",
+    "loss",
+    "lr",
+    "images_per_second",
+    "wait_share",
+    "eta_seconds",
+    "epoch_end",
+)
+
+
+def describe(row: Row, total_epochs: int, total_steps: int) -> str:
+    """Return a row as one line: epoch i/E, step, loss, lr, images/s, share of time waited for data, the rest,
+    ETA.
+    """
+    parts = [f"epoch {row['epoch'] + 1}/{total_epochs}", f"step {row['step']}/{total_steps}"]
+    if "loss" in row:
+        parts.append(f"loss {row['loss']:.4f}")
+    if "lr" in row:
+        parts.append(f"lr {row['lr']:.3g}")
+    if "images_per_second" in row:
+        parts += [f"{row['images_per_second']:.0f} images/s", f"waited {row['wait_share']:.0%}"]
+    parts += [f"{name} {value:.4g}" for name, value in row.items() if name not in SHOWN_APART]
+    if "eta_seconds" in row:
+        parts.append(f"ETA {duration(row['eta_seconds'])}")
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as h:mm:ss."""
+    minutes, s = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"
+
+
+class MetricsWriter:
+    """Write rows to `<folder>/metrics.jsonl`, one JSON object a line, and scalars to `<folder>/tensorboard`.
+
+    `folder` is a local path or any `pyarrow.fs` URI. On a resume from step s (`start_step=s`), lines of later
+    steps and a line that was torn by a kill are dropped first, so no step appears twice. A local file grows
+    line by line. A remote one is written whole at `flush`, because object stores do not append; TensorBoard
+    is written to local folders only. NaN and infinities become null, which every JSON reader accepts.
+    """
+
+    def __init__(self, folder: str | Path, start_step: int = 0, tensorboard: bool = True):
+        self.filesystem, root = _filesystem(folder)
+        self.filesystem.create_dir(root, recursive=True)
+        self.path = f"{root}/metrics.jsonl"
+        self.lines = [json.dumps(row) for row in self._read() if row["step"] <= start_step]
+        self._write_whole()
+        self.local = isinstance(self.filesystem, fs.LocalFileSystem)
+        self.file = open(self.path, "a", encoding="utf-8") if self.local else None  # noqa: SIM115 (closed by close)
+        self.board = (
+            _summary_writer(f"{root}/tensorboard", start_step) if tensorboard and self.local else None
+        )
+
+    def write(self, row: Row) -> None:
+        """Add one row; it needs `step` (see the module) and gets the wall-clock `time` in seconds since 1970."""
+        line = json.dumps(
+            {"time": round(time.time(), 3)} | {name: _finite(value) for name, value in row.items()}
+        )
+        if self.file:
+            self.file.write(line + "\n")
+            self.file.flush()
+        else:
+            self.lines.append(line)
+        for name, value in row.items():
+            if self.board and name != "step" and not isinstance(value, bool | str) and value is not None:
+                self.board.add_scalar(name, value, row["step"])
+
+    def flush(self) -> None:
+        """Make everything visible to readers; call it with each checkpoint. Remote: writes the whole file."""
+        if self.board:
+            self.board.flush()
+        if not self.file:
+            self._write_whole()
+
+    def close(self) -> None:
+        """Flush and close. Safe to call twice."""
+        self.flush()
+        if self.file:
+            self.file.close()
+        if self.board:
+            self.board.close()
+
+    def _read(self) -> Iterator[Row]:
+        if self.filesystem.get_file_info(self.path).type == fs.FileType.NotFound:
+            return
+        with self.filesystem.open_input_stream(self.path) as stream:
+            lines = stream.read().decode("utf-8", errors="replace").splitlines()
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue  # torn by a kill in the middle of a write: its step is run again
+            if isinstance(row, dict) and "step" in row:
+                yield row
+
+    def _write_whole(self) -> None:
+        """Replace the file in one move, so that a kill leaves either the old or the new one."""
+        beside = f"{self.path}.new"
+        with self.filesystem.open_output_stream(beside) as stream:
+            stream.write("".join(line + "\n" for line in self.lines).encode())
+        self.filesystem.move(beside, self.path)
+
+
+def _filesystem(folder: str | Path) -> tuple[fs.FileSystem, str]:
+    if isinstance(folder, str) and urlsplit(folder).scheme:
+        filesystem, path = fs.FileSystem.from_uri(folder)
+        return filesystem, path.rstrip("/")
+    return fs.LocalFileSystem(), str(Path(folder).absolute())
+
+
+def _summary_writer(folder: str, start_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+    return SummaryWriter(folder, purge_step=start_step + 1 if start_step else None)
+
+
+def _floats(numbers: Numbers) -> dict[str, float]:
+    return {name: float(value) for name, value in numbers.items()}
+
+
+def _finite(value: Any) -> Any:
+    number = float(value) if isinstance(value, Tensor) else value
+    return None if isinstance(number, float) and not -float("inf") < number < float("inf") else number
