@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 torch.set_num_threads(1)
 
 REAL_DATA = Path(os.environ.get("ISD_RAY_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -17,3 +20,13 @@ def real_data() -> Path:
     if not REAL_DATA.is_dir():
         pytest.skip(f"no real images at {REAL_DATA}; set ISD_RAY_TEST_DATA to their folder")
     return REAL_DATA
+
+
+@pytest.fixture(scope="session")
+def ray_session():
+    """One local Ray for the whole suite: starting it is the dominating cost."""
+    import ray
+
+    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=512 * 2**20, logging_level="warning")
+    yield ray
+    ray.shutdown()

@@ -1,0 +1,93 @@
+"""Photometric operations on whole batches, with a strength for every sample: what torchvision offers one by one.
+
+All take float images [m, 3, H, W] in [0, 1] and parameters [m], and equal torchvision.transforms.v2.functional for
+the same parameters. `blend` weights and the hue formula are the usual ones (ITU-R 601 luma; HSV).
+"""
+
+import torch
+from torch import Tensor
+
+LUMA = (0.2989, 0.587, 0.114)
+
+
+def luma(images: Tensor) -> Tensor:
+    """Return the grey value of every pixel, [m, 1, H, W]."""
+    red, green, blue = images.unbind(1)
+    return (LUMA[0] * red).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2]).unsqueeze_(1)
+
+
+def grey(images: Tensor) -> Tensor:
+    """Return grey images with three equal channels."""
+    return luma(images).expand_as(images)
+
+
+def _per_sample(values: Tensor) -> Tensor:
+    return values.view(-1, 1, 1, 1)
+
+
+def brightness(images: Tensor, factor: Tensor) -> Tensor:
+    """Scale all values by `factor`."""
+    return (images * _per_sample(factor)).clamp_(0, 1)
+
+
+def contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """Blend with the mean grey value of the image."""
+    mean = luma(images).mean(dim=(1, 2, 3), keepdim=True)
+    return torch.lerp(mean, images, _per_sample(factor)).clamp_(0, 1)
+
+
+def saturation(images: Tensor, factor: Tensor) -> Tensor:
+    """Blend with the grey image."""
+    return torch.lerp(luma(images), images, _per_sample(factor)).clamp_(0, 1)
+
+
+def hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Turn the colour circle by `shift` of a full turn, in [-0.5, 0.5]."""
+    low, high = torch.aminmax(images, dim=1)
+    chroma = high - low
+    safe = torch.where(chroma == 0, torch.ones_like(chroma), chroma)
+    red, green, blue = images.unbind(1)
+    sector = torch.where(
+        high == red,
+        (green - blue) / safe,
+        torch.where(high == green, (blue - red) / safe + 2, (red - green) / safe + 4),
+    )
+    sector.add_(6 * shift.view(-1, 1, 1))
+    # f(n) = v - chroma * clamp(min(k, 4 - k), 0, 1) with k = (n + sector) mod 6, n = 5, 3, 1 for red, green, blue
+    out = torch.empty_like(images)
+    for channel, n in enumerate((5, 3, 1)):
+        k = torch.remainder(sector + n, 6)
+        part = torch.minimum(k, 4 - k).clamp_(0, 1)
+        torch.addcmul(high, chroma, part, value=-1, out=out[:, channel])
+    return out
+
+
+def solarize(images: Tensor) -> Tensor:
+    """Invert the values from 128/255 up."""
+    return torch.where(images >= 128 / 255, 1 - images, images)
+
+
+def blur_matrices(sigma: Tensor, size: int, radius: int) -> Tensor:
+    """Return Gaussian blur along one axis as matrices [m, size, size], mirrored at the border (no repeated edge)."""
+    offset = torch.arange(-radius, radius + 1, device=sigma.device)
+    kernel = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)
+    kernel = kernel / kernel.sum(1, keepdim=True)  # [m, 2 radius + 1]
+    place = (torch.arange(size, device=sigma.device)[:, None] + offset).abs()
+    place = torch.where(place >= size, 2 * (size - 1) - place, place)  # [size, 2 radius + 1]
+    matrices = torch.zeros(len(sigma), size, size, device=sigma.device)
+    return matrices.scatter_add_(2, place.expand(len(sigma), -1, -1), kernel[:, None].expand(-1, size, -1))
+
+
+def blur(images: Tensor, sigma: Tensor, max_sigma: float) -> Tensor:
+    """Blur with a Gaussian of `sigma` pixels, cut at three times `max_sigma`."""
+    height, width = images.shape[-2:]
+    radius = min(int(3 * max_sigma + 0.999), height - 1, width - 1)
+    return separable(images, blur_matrices(sigma, height, radius), blur_matrices(sigma, width, radius))
+
+
+def separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Apply a linear map to both axes: rows [m, S, H], images [m, C, H, W], columns [m, T, W] -> [m, C, S, T]."""
+    m, channels, height, width = images.shape
+    across = torch.bmm(images.reshape(m, channels * height, width), columns.transpose(1, 2))
+    across = across.view(m, channels, height, -1)
+    return torch.matmul(rows.unsqueeze(1), across)

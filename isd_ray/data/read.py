@@ -1,0 +1,166 @@
+"""From rows of the index to pixels in one pass: open shards, read ranges, decode, crop. Ray tasks run this.
+
+It needs no torch (which would cost every reading process seconds to import), and every row gives an output row: a
+broken image is a row of zeros with a reason, so that batches keep their places and nothing is lost in silence.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+from pyarrow import fs
+
+from isd_ray.data import views as v
+from isd_ray.data.decode import BrokenImage, decode, pixels
+from isd_ray.data.views import View
+
+GAP = (
+    64 * 1024
+)  # bytes between two images that are read rather than skipped: less than a second request costs
+REMOTE_READS = 8  # requests under way in one task when the shards are not local
+
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a row looks like on the wire: uint8 [V, 3, size, size].
+
+    size: (height, width); views: crops to make, one a view, with draws from (seed, epoch, position). None: the image
+    as it is, which must have this size, or with `center` its centre view (height = width).
+    """
+
+    size: tuple[int, int]
+    views: tuple[View, ...] | None = None
+    seed: int = 0
+    epoch: int = 0
+    center: bool = False
+
+    @property
+    def array(self) -> tuple[int, int, int, int]:
+        return (1 if self.views is None else len(self.views), 3, *self.size)
+
+
+def read_rows(
+    filesystem: fs.FileSystem,
+    folder: str,
+    table: pa.Table,
+    rows: np.ndarray,
+    position: np.ndarray,
+    batch: int,
+    shape: Shape,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Read rows of the index at once, then yield them decoded and shaped, `batch` at a time.
+
+    A block is {image uint8 [b, V, 3, S, S], row [b], position [b], reason [b]}; `reason` is "" for a good image, a
+    broken one is all zero and says why.
+    """
+    data = read_bytes(filesystem, folder, table.take(pa.array(rows)))
+    for start in range(0, len(rows), batch):
+        part = slice(start, start + batch)
+        image, reason = _decode(data[part], position[part], shape)
+        data[part] = [b""] * len(reason)  # the encoded bytes are not needed any more
+        yield {"image": image, "row": rows[part], "position": position[part], "reason": reason}
+
+
+def _decode(
+    data: list[bytes | BrokenImage], position: np.ndarray, shape: Shape
+) -> tuple[np.ndarray, np.ndarray]:
+    image = np.zeros((len(data), *shape.array), dtype=np.uint8)
+    reason = np.full(len(data), "", dtype=object)
+    numbers = None
+    if shape.views is not None:
+        numbers = v.view_draws(shape.seed, shape.epoch, position, len(shape.views))
+    for i, content in enumerate(data):
+        try:
+            if isinstance(content, BrokenImage):
+                raise content
+            _shape(decode(content), shape, None if numbers is None else numbers[:, i], image[i])
+        except BrokenImage as error:
+            image[i] = 0
+            reason[i] = str(error)
+    return image, reason
+
+
+def _shape(picture: Image.Image, shape: Shape, numbers: np.ndarray | None, out: np.ndarray) -> None:
+    """Write the pixels of one decoded image into out [V, 3, H, W]."""
+    if shape.views is not None and numbers is not None:
+        for view, u, place in zip(shape.views, numbers, out, strict=True):
+            side = view.pixels(shape.size[0])
+            place[:, :side, :side] = _crop(picture, view, u, side)
+        return
+    height, width = shape.size
+    if shape.center and picture.size != (width, height):
+        new_width, new_height, left, top = v.center_geometry(*picture.size, width)
+        picture = picture.resize((new_width, new_height), Image.Resampling.BILINEAR)
+        picture = picture.crop((left, top, left + width, top + height))
+    if picture.size != (width, height):
+        raise BrokenImage(f"{picture.width} x {picture.height} pixels, but the index says {width} x {height}")
+    out[0] = pixels(picture)
+
+
+def _crop(picture: Image.Image, view: View, u: np.ndarray, side: int) -> np.ndarray:
+    """Return one random resized crop, mirrored where drawn, uint8 [3, side, side]."""
+    one = u[None]
+    top, left, h, w = v.crop_boxes(view, one, np.array([picture.width]), np.array([picture.height]))[
+        0
+    ].tolist()
+    part = picture.crop((left, top, left + w, top + h)).resize((side, side), FILTERS[view.interpolation])
+    values = pixels(part)
+    return values[:, :, ::-1] if v.flipped(view, one)[0] else values
+
+
+def read_bytes(filesystem: fs.FileSystem, folder: str, table: pa.Table) -> list[bytes | BrokenImage]:
+    """Return the bytes of every row's image, neighbours in a shard read together.
+
+    A shard or a range that is not there gives a BrokenImage instead of bytes.
+    """
+    names, shard = np.unique(np.array(table.column("shard").to_pylist()), return_inverse=True)
+    offset, size = (table.column(name).to_numpy() for name in ("offset", "size"))
+    order = np.lexsort((offset, shard))
+    groups = np.split(order, np.flatnonzero(np.diff(shard[order])) + 1)
+
+    def read(group: np.ndarray) -> list[bytes | BrokenImage]:
+        return _read_shard(filesystem, f"{folder}/{names[shard[group[0]]]}", offset[group], size[group])
+
+    data: list[bytes | BrokenImage] = [b""] * table.num_rows
+    with ThreadPoolExecutor(1 if isinstance(filesystem, fs.LocalFileSystem) else REMOTE_READS) as pool:
+        for group, parts in zip(groups, pool.map(read, groups), strict=True):
+            for row, part in zip(group, parts, strict=True):
+                data[row] = part
+    return data
+
+
+def _read_shard(
+    filesystem: fs.FileSystem, path: str, offset: np.ndarray, size: np.ndarray
+) -> list[bytes | BrokenImage]:
+    """Return the bytes of ranges of one shard, which are sorted by offset."""
+    end = offset + size
+    cut = np.flatnonzero(offset[1:] - end[:-1] > GAP) + 1
+    parts: list[bytes | BrokenImage] = []
+    try:
+        with filesystem.open_input_file(path) as file:
+            for run in np.split(np.arange(len(offset)), cut):
+                parts.extend(_read_run(file, offset[run], size[run]))
+    except FileNotFoundError:
+        return [BrokenImage("the shard is missing")] * len(offset)
+    except OSError as error:
+        return [BrokenImage(f"the shard cannot be read: {error}")] * len(offset)
+    return parts
+
+
+def _read_run(file: pa.NativeFile, offset: np.ndarray, size: np.ndarray) -> Iterator[bytes | BrokenImage]:
+    """Yield the bytes of near ranges out of one read; the file may end before they do."""
+    start, stop = max(0, int(offset[0])), min(int((offset + size).max()), file.size())
+    data = file.read_at(stop - start, start) if start < stop else b""
+    for at, length in zip((offset - start).tolist(), size.tolist(), strict=True):
+        part = data[max(0, at) : max(0, at + length)]
+        if at < 0 or length <= 0:
+            yield BrokenImage(f"the index names no valid range: offset {at + start}, size {length}")
+        elif len(part) < length:
+            yield BrokenImage(f"the shard ends {length - len(part)} bytes before the image does")
+        else:
+            yield part

@@ -1,0 +1,123 @@
+"""Rows of the index as decoded blocks, in order, through Ray Data: the one place where the data room touches Ray."""
+
+from collections.abc import Iterator
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from pyarrow import fs
+
+from isd_ray.data import index as index_table
+from isd_ray.data.read import Shape, read_rows
+from isd_ray.errors import UserError
+
+Block = dict[str, np.ndarray]
+
+BLOCK_BYTES = 16 * 2**20  # decoded bytes in one block of the object store
+AHEAD = 2  # batches fetched before they are asked for
+TASK_CPUS = 0.25  # so that tasks still fit where the training workers have asked for nearly all CPUs
+TASK_RETRIES = 2  # after the death of a process; Ray Data's own default is for ever, which looks like a hang
+
+
+class Source:
+    """Reads rows of one index table: through Ray Data where Ray runs, else with the same operator in this process."""
+
+    def __init__(self, table: pa.Table):
+        self.table = table
+        self.filesystem, self.folder = fs.FileSystem.from_uri(index_table.root(table))
+
+    @cached_property
+    def _table_ref(self) -> ray.ObjectRef:
+        return ray.put(self._ranges)
+
+    @cached_property
+    def _ranges(self) -> pa.Table:
+        return self.table.select(["shard", "offset", "size"]).combine_chunks()
+
+    def read(
+        self,
+        rows: np.ndarray,
+        position: np.ndarray,
+        ranges: list[tuple[int, int]],
+        batch: int,
+        shape: Shape,
+        world: int = 1,
+    ) -> Iterator[Block]:
+        """Yield the blocks of `read_rows` in order, `batch` rows each (the last one may be short).
+
+        ranges: parts [start, stop) of `rows` that follow each other, one a task, multiples of `batch` but the last.
+        world: ranks that read at the same time and share the cluster's CPUs.
+        """
+        if not ranges:
+            return
+        work = partial(_read_range, filesystem=self.filesystem, folder=self.folder, batch=batch, shape=shape)
+        if not ray.is_initialized():
+            for start, stop in ranges:
+                item = {"start": np.array([start]), "stop": np.array([stop])}
+                yield from work(item, table=self._ranges, rows=rows, position=position)
+            return
+        refs = {"table": self._table_ref, "rows": ray.put(rows), "position": ray.put(position)}
+        dataset = _dataset(work, refs, ranges, world)
+        yield from dataset.iter_batches(batch_size=batch, batch_format="numpy", prefetch_batches=AHEAD)
+
+
+def _dataset(work: Any, refs: dict[str, Any], ranges: list[tuple[int, int]], world: int) -> ray.data.Dataset:
+    """Build one fused operator over ranges; its settings stay with this dataset."""
+    context = ray.data.DataContext.get_current().copy()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.target_max_block_size = BLOCK_BYTES
+    tasks = max(1, int(ray.cluster_resources().get("CPU", 1)) // world)
+    with ray.data.DataContext.current(context):
+        items = [{"start": start, "stop": stop} for start, stop in ranges]
+        dataset = ray.data.from_items(items, override_num_blocks=len(items))
+        return dataset.map_batches(
+            partial(_fetch_and_read, work=work, refs=refs),
+            batch_size=1,
+            num_cpus=TASK_CPUS,
+            concurrency=tasks,
+            max_retries=TASK_RETRIES,
+        )
+
+
+def _fetch_and_read(item: Block, work: Any, refs: dict[str, Any]) -> Iterator[Block]:
+    yield from work(item, **{name: ray.get(ref) for name, ref in refs.items()})
+
+
+def _read_range(
+    item: Block, *, filesystem: fs.FileSystem, folder: str, table: pa.Table, rows: np.ndarray, position: np.ndarray,
+    batch: int, shape: Shape,
+) -> Iterator[Block]:  # fmt: skip
+    part = slice(int(item["start"][0]), int(item["stop"][0]))
+    yield from read_rows(filesystem, folder, table, rows[part], position[part], batch, shape)
+
+
+class BadImages:
+    """The broken images that were met, each once, and the limit past which there are too many."""
+
+    def __init__(self, table: pa.Table, max_bad: float):
+        self.table, self.max_bad = table, max_bad
+        self.entries: list[dict[str, Any]] = []
+        self._rows: set[int] = set()
+
+    def note(self, block: Block) -> np.ndarray:
+        """List the broken images of a block and say which are good, bool [b]. Raises UserError past the limit."""
+        good = block["reason"].astype(str) == ""
+        for row, reason in zip(block["row"][~good].tolist(), block["reason"][~good], strict=True):
+            if row not in self._rows:
+                self._rows.add(row)
+                shard, key = (self.table.column(name)[row].as_py() for name in ("shard", "key"))
+                self.entries.append({"shard": shard, "key": key, "index": row, "reason": str(reason)})
+        if len(self.entries) > self.max_bad * self.table.num_rows:
+            raise UserError(
+                f"{len(self.entries)} of {self.table.num_rows} images are broken, more than max_bad = "
+                f"{self.max_bad:g} allows; the first is {self.first()}. Mend or drop these files, or raise max_bad."
+            )
+        return good
+
+    def first(self) -> str:
+        """Name the first broken image and its fault."""
+        entry = self.entries[0]
+        return f"{entry['key']} in {entry['shard']} ({entry['reason']})"

@@ -1,0 +1,202 @@
+"""Batches of images for one rank, in the order of the plan: nothing is lost, repeated or reordered by the machinery.
+
+The plan decides, Ray Data carries out: each rank runs its own dataset over its columns of the plan, in which one fused
+operator opens the shards, reads ranges, decodes and crops, with preserve_order. Small sets of one image size are
+decoded once and kept in memory; a step is then one gather.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from isd_ray.data import index as index_table
+from isd_ray.data.plan import MEMORY_LIMIT, chunk_for, fits_memory, one_size, plan, rank_columns, shard_codes
+from isd_ray.data.read import Shape
+from isd_ray.data.source import BadImages, Source
+from isd_ray.data.views import View, get_views
+from isd_ray.errors import UserError, nearest
+
+TASK_IMAGES = 1024  # images that one task reads, at least `chunk` steps of them; its start costs milliseconds
+CACHES = ("auto", "memory", "none")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A rank's part of one global batch.
+
+    image: uint8 [b, V, 3, H, W]: the whole image (V = 1), or, where `cropped`, one crop a view; index: int64 [b],
+    rows of the index table; label: int64 [b], -1 for none; position: int64 [b], place in the epoch, the key of all
+    random draws together with `epoch` and `seed`.
+    """
+
+    image: Tensor
+    index: Tensor
+    label: Tensor
+    position: Tensor
+    epoch: int
+    seed: int
+    cropped: bool = False
+
+
+class Stream:
+    """The batches of one rank.
+
+    table: the index; size: side of a view in pixels; views: names or View values; rank, world: this rank's place.
+    cache: "memory" keeps the decoded set in this process (every rank holds all of it, since the plan mixes the whole
+    set); "none" reads the shards every epoch; "auto" takes memory for a set of one image size that needs at most
+    2 GiB and a fifth of the machine's memory. max_bad: share of the set that may be broken; a rank counts the broken
+    images that it has met, each once, in `bad`.
+
+    With cache="none" memory is bounded by two batches ahead here, and for each of the rank's concurrent tasks (its
+    share of the cluster's CPUs) the encoded images of one range and two blocks of 16 MiB in the object store.
+    The batches depend on (table, seed, global_batch) only, not on cache, world or the machine.
+
+    Raises UserError for an unknown view or cache, for a cache that cannot hold the set, and for a set smaller than
+    one global batch.
+    """
+
+    def __init__(
+        self,
+        table: pa.Table,
+        *,
+        seed: int,
+        global_batch: int,
+        size: int,
+        views: Sequence[str | View],
+        rank: int = 0,
+        world: int = 1,
+        cache: Literal["auto", "memory", "none"] = "auto",
+        max_bad: float = 0.01,
+    ):
+        if not 0 < world <= global_batch:
+            raise UserError(
+                f"{world} workers cannot share a global batch of {global_batch}: raise the batch size."
+            )
+        self.table, self.seed, self.global_batch, self.size = table, seed, global_batch, size
+        self.rank, self.world = rank, world
+        self.views = get_views(views)
+        self.cache = _choose_cache(table, cache)
+        self.chunk = chunk_for(table, global_batch)
+        self._shards = shard_codes(table)
+        self._labels = torch.from_numpy(index_table.labels(table))
+        self._bad = BadImages(table, max_bad)
+        self._source = Source(table)
+        self._memory: tuple[Tensor, np.ndarray] | None = None
+
+    @property
+    def steps(self) -> int:
+        """Steps of one epoch: the same on every rank."""
+        return self.table.num_rows // self.global_batch
+
+    @property
+    def bad(self) -> list[dict[str, Any]]:
+        """The broken images met so far: shard, key, index (row of the table), reason."""
+        return self._bad.entries
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yield the batches of an epoch from step `start` on; a broken image is left out of its batch.
+
+        Raises UserError past `max_bad`, and when all images of a local batch are broken.
+        """
+        rows = plan(self._shards, self.seed, epoch, self.global_batch, self.chunk)
+        columns = rank_columns(self.global_batch, self.rank, self.world)
+        position = np.arange(rows.size).reshape(rows.shape)[:, columns]
+        batches = self._from_memory if self.cache == "memory" else self._from_shards
+        yield from batches(rows[:, columns], position, epoch, start)
+
+    def _from_memory(self, rows: np.ndarray, position: np.ndarray, epoch: int, start: int) -> Iterator[Batch]:
+        images, is_good = self._decoded()
+        for step in range(start, len(rows)):
+            good = is_good[rows[step]]
+            row = rows[step][good]
+            self._require_some(row, step)
+            yield self._batch(images[torch.from_numpy(row)].unsqueeze(1), row, position[step][good], epoch)
+
+    def _from_shards(self, rows: np.ndarray, position: np.ndarray, epoch: int, start: int) -> Iterator[Batch]:
+        whole = one_size(self.table)
+        shape = (
+            Shape(whole[::-1])
+            if whole
+            else Shape((self.size, self.size), tuple(self.views), self.seed, epoch)
+        )
+        local = rows.shape[1]
+        ranges = [(a * local, b * local) for a, b in _windows(start, len(rows), self.chunk, local)]
+        blocks = self._source.read(rows.ravel(), position.ravel(), ranges, local, shape, self.world)
+        for step, block in enumerate(blocks, start):
+            good = self._bad.note(block)
+            row = block["row"][good]
+            self._require_some(row, step)
+            image = torch.from_numpy(block["image"][good])
+            yield self._batch(image, row, block["position"][good], epoch, cropped=whole is None)
+
+    def _batch(
+        self, image: Tensor, row: np.ndarray, position: np.ndarray, epoch: int, cropped: bool = False
+    ) -> Batch:
+        index = torch.from_numpy(row)
+        return Batch(image, index, self._labels[index], torch.from_numpy(position), epoch, self.seed, cropped)
+
+    def _decoded(self) -> tuple[Tensor, np.ndarray]:
+        """Return the whole set, uint8 [N, 3, H, W], and which rows are good; decoded at the first call."""
+        if self._memory is None:
+            width, height = one_size(self.table) or (0, 0)
+            images = torch.empty(self.table.num_rows, 3, height, width, dtype=torch.uint8)
+            is_good = np.zeros(self.table.num_rows, dtype=bool)
+            for block in _in_order(self._source, Shape((height, width)), TASK_IMAGES, self.world):
+                images[torch.from_numpy(block["row"])] = torch.from_numpy(block["image"][:, 0])
+                is_good[block["row"]] = self._bad.note(block)
+            self._memory = images, is_good
+        return self._memory
+
+    def _require_some(self, rows: np.ndarray, step: int) -> None:
+        if len(rows) == 0:
+            raise UserError(
+                f"All images of step {step} on rank {self.rank} are broken; the first broken one of the run is "
+                f"{self._bad.first()}. Mend or drop these files, or use a larger batch."
+            )
+
+
+def ordered(table: pa.Table, *, size: int, batch: int = 256, max_bad: float = 0.01) -> Iterator[Batch]:
+    """Yield the whole set once in index order, for evaluation: each image as it is, or, where images differ in size,
+    the centre view of `size` pixels.
+
+    A broken image is left out (`index` says which rows there are). Raises UserError past `max_bad`.
+    """
+    whole = one_size(table)
+    shape = Shape(whole[::-1]) if whole else Shape((size, size), center=True)
+    labels = torch.from_numpy(index_table.labels(table))
+    bad = BadImages(table, max_bad)
+    for block in _in_order(Source(table), shape, batch):
+        good = bad.note(block)
+        index = torch.from_numpy(block["row"][good])
+        yield Batch(torch.from_numpy(block["image"][good]), index, labels[index], index, epoch=0, seed=0)
+
+
+def _in_order(source: Source, shape: Shape, batch: int, world: int = 1) -> Iterator[dict[str, np.ndarray]]:
+    rows = np.arange(source.table.num_rows)
+    step = batch * max(1, TASK_IMAGES // batch)
+    ranges = [(a, min(a + step, len(rows))) for a in range(0, len(rows), step)]
+    yield from source.read(rows, rows, ranges, batch, shape, world)
+
+
+def _windows(start: int, steps: int, chunk: int, local: int) -> list[tuple[int, int]]:
+    """Cut steps start .. steps into ranges for tasks, at multiples of a whole number of the plan's windows."""
+    window = chunk * max(1, TASK_IMAGES // (chunk * local))
+    edges = [start, *range((start // window + 1) * window, steps, window), steps]
+    return [(a, b) for a, b in zip(edges, edges[1:], strict=False) if a < b]
+
+
+def _choose_cache(table: pa.Table, cache: str) -> str:
+    if cache not in CACHES:
+        raise UserError(f"No cache is named '{cache}'.{nearest(cache, CACHES)} Known: {', '.join(CACHES)}.")
+    if cache == "memory" and one_size(table) is None:
+        raise UserError("cache=memory needs images of one size, and these differ: use cache=auto or none.")
+    if cache != "auto":
+        return cache
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return "memory" if fits_memory(table, min(MEMORY_LIMIT, machine // 5)) else "none"
