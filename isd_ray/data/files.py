@@ -1,0 +1,162 @@
+"""Files lie on disks and in buckets: one small set of verbs over `pyarrow.fs` serves both.
+
+A URI is anything `pyarrow.fs` understands (`s3://`, `gs://`, `hdfs://`, `file://`) or a local path. Files
+appear under their final name only when they are whole.
+"""
+
+import fnmatch
+import os
+import posixpath
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pyarrow as pa
+from pyarrow import fs as pafs
+
+from isd_ray.errors import UserError
+
+DATASETS = Path(__file__).parents[2] / "datasets"
+
+
+class AbsentError(UserError):
+    """Nothing is there, as opposed to something that is wrong: another place may be tried."""
+
+
+def absolute(uri: str | os.PathLike[str]) -> str:
+    """Return `uri` with a local path made absolute and without a slash at its end."""
+    text = os.fspath(uri)
+    if "://" not in text:
+        text = os.path.abspath(os.path.expanduser(text))
+    return text.rstrip("/") or "/"
+
+
+def open_filesystem(uri: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
+    """Return the file system of `uri` and the path in it.
+
+    Raises:
+        UserError: the scheme is unknown or the place cannot be reached.
+    """
+    try:
+        return pafs.FileSystem.from_uri(absolute(uri))
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"cannot open '{uri}': {str(error).splitlines()[0]}") from error
+
+
+def list_files(uri: str, extensions: Iterable[str], recursive: bool = False) -> list[str]:
+    """List the files under the folder `uri` with one of `extensions` (lower case, with dot), sorted.
+
+    Returns paths relative to the folder. Hidden files and folders (leading dot) are left out.
+
+    Raises:
+        AbsentError: `uri` is not a folder.
+    """
+    filesystem, folder = open_filesystem(uri)
+    if filesystem.get_file_info(folder).type != pafs.FileType.Directory:
+        raise AbsentError(f"no folder at '{uri}': check the path")
+    infos = filesystem.get_file_info(pafs.FileSelector(folder, recursive=recursive))
+    endings = tuple(extensions)
+    names = (posixpath.relpath(i.path, folder) for i in infos if i.type == pafs.FileType.File)
+    return sorted(n for n in names if n.lower().endswith(endings) and not _hidden(n))
+
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+def expand(uri: str, extension: str) -> list[str]:
+    """Return the files that `uri` names: a file, a folder of `*extension`, or a glob in the last part of the
+    path.
+
+    Raises:
+        AbsentError: nothing is there.
+    """
+    uri = absolute(uri)
+    folder, _, pattern = uri.rpartition("/")
+    if any(c in pattern for c in "*?["):
+        names = [n for n in list_files(folder or "/", [extension]) if fnmatch.fnmatch(n, pattern)]
+        found = [f"{folder}/{n}" for n in names]
+    elif is_folder(uri):
+        found = [f"{uri}/{n}" for n in list_files(uri, [extension])]
+    else:
+        found = [uri] if exists(uri) else []
+    if not found:
+        raise AbsentError(f"no {extension} file at '{uri}': check the path")
+    return found
+
+
+def exists(uri: str) -> bool:
+    """Is there a file or folder at `uri`?"""
+    filesystem, path = open_filesystem(uri)
+    return filesystem.get_file_info(path).type != pafs.FileType.NotFound
+
+
+def is_folder(uri: str) -> bool:
+    """Is there a folder at `uri`?"""
+    filesystem, path = open_filesystem(uri)
+    return filesystem.get_file_info(path).type == pafs.FileType.Directory
+
+
+def write_text(uri: str, text: str) -> None:
+    """Put `text` at `uri`, all or nothing."""
+
+    def write(path: str) -> None:
+        Path(path).write_text(text)
+
+    write_whole(uri, write)
+
+
+def read_bytes(uri: str) -> bytes:
+    """Return the content of the file at `uri`."""
+    filesystem, path = open_filesystem(uri)
+    with filesystem.open_input_stream(path) as stream:
+        return stream.read()
+
+
+def write_whole(uri: str, write: Callable[[str], None]) -> None:
+    """Let `write` fill a local file, then put it at `uri` in one move: no reader ever sees half of it.
+
+    The part file lies in the target folder (local) or is uploaded under a hidden name beside the target
+    (remote).
+    """
+    filesystem, path = open_filesystem(uri)
+    folder, name = posixpath.split(path)
+    part = posixpath.join(folder, f".{name}.{uuid.uuid4().hex[:8]}.part")
+    filesystem.create_dir(folder, recursive=True)
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        _fill(part, write)
+    else:
+        _upload(filesystem, part, write)
+    filesystem.move(part, path)
+
+
+def _fill(path: str, write: Callable[[str], None]) -> None:
+    try:
+        write(path)
+    except BaseException:
+        Path(path).unlink(missing_ok=True)
+        raise
+
+
+def _upload(filesystem: pafs.FileSystem, part: str, write: Callable[[str], None]) -> None:
+    with tempfile.TemporaryDirectory(prefix="isd_ray_") as folder:
+        local = os.path.join(folder, "part")
+        write(local)
+        with open(local, "rb") as source, filesystem.open_output_stream(part) as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+
+
+def remove_stale_parts(uri: str, older_than: float = 3600.0) -> None:
+    """Delete part files of killed runs in the folder `uri`, once untouched for `older_than` seconds."""
+    filesystem, folder = open_filesystem(uri)
+    for info in filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True)):
+        name = info.base_name
+        if (
+            name.startswith(".")
+            and name.endswith(".part")
+            and info.mtime_ns < (time.time() - older_than) * 1e9
+        ):
+            filesystem.delete_file(info.path)

@@ -1,0 +1,243 @@
+"""Any source of images becomes WebDataset tars plus an index, written in parallel, and a killed run
+continues.
+
+`<out>/<split>/<name>-000000.tar ...`, `index.parquet` and `make_shards.json` (what the shards were made
+from). A tar appears under its final name only when it is whole. Two runs with the same arguments write the
+same bytes.
+"""
+
+import hashlib
+import inspect
+import io
+import json
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import ray
+from PIL import Image
+from webdataset.writer import TarWriter
+
+from isd_ray.data import files, index
+from isd_ray.data.parallel import run_tasks
+from isd_ray.data.sources import Source, open_source
+from isd_ray.errors import UserError
+
+MANIFEST = "make_shards.json"
+_EXTENSION = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "PPM": "ppm", "TIFF": "tif"}
+_UNSAFE = re.compile(r"[^\w\-/+=@~]", re.ASCII)
+_IN_PROCESS = 20_000  # samples; below this, starting Ray takes longer than the work
+
+
+def make_shards(
+    source: str,
+    out: str,
+    *,
+    split: str = "train",
+    name: str | None = None,
+    shard_size: int = 1000,
+    workers: int | None = None,
+    max_bad: float = 0.01,
+    quiet: bool = True,
+    **options: Any,
+) -> pa.Table:
+    """Write `source` as WebDataset shards and their index under `<out>/<split>`; return the index.
+
+    Image bytes are kept as they are. Shards that are there and whole are kept, so a killed run continues.
+
+    Args:
+        source: see `sources.open_source`, which also takes `options` (root, download, columns, seed).
+        name: beginning of the file names (default: the split).
+        shard_size: samples a shard.
+        workers: Ray tasks at once; None: every core (in this process for a small set while no Ray runs); 0:
+            no Ray.
+        max_bad: largest part of the samples that may be no image or miss their label.
+
+    Raises:
+        UserError: nothing to read, other parameters than those the folder was made with, or too many bad
+            samples.
+    """
+    if shard_size < 1:
+        raise UserError(f"--shard-size {shard_size}: a shard holds at least 1 sample")
+    folder, name = f"{files.absolute(out)}/{split}", name or split
+    if not re.fullmatch(r"[\w\-]+", name) or not re.fullmatch(r"[\w\-]+", split):
+        raise UserError(f"name '{name}' and split '{split}' may hold letters, digits, '-' and '_' only")
+    opened = open_source(source, split=split, **options)
+    if not len(opened):
+        raise UserError(f"source '{source}' holds no image")
+    keys = unique_keys(opened.names())
+    _claim(folder, _description(opened, keys, name, shard_size, options))
+    tasks = _tasks(opened, keys, folder, name, shard_size)
+    if workers is None and len(keys) <= _IN_PROCESS and not ray.is_initialized():
+        workers = 0
+    done = run_tasks(
+        _make_one,
+        tasks,
+        workers=workers,
+        unit="images",
+        quiet=quiet,
+        total=len(keys),
+        count=lambda d: len(d[0]),
+    )
+    return _finish(folder, done, opened.classes, max_bad)
+
+
+def _tasks(source: Source, keys: list[str], folder: str, name: str, size: int) -> list[tuple]:
+    return [
+        (source.slice(i, i + size), keys[i : i + size], f"{folder}/{name}-{i // size:06d}.tar")
+        for i in range(0, len(keys), size)
+    ]
+
+
+def _finish(folder: str, done: list, classes: Sequence[str], max_bad: float) -> pa.Table:
+    bad = [b for _, report in done for b in report]
+    index.check_bad([len(t) for t, _ in done], bad, max_bad, folder)
+    table = pa.concat_tables([t for t, _ in done])
+    table = index.with_metadata(table, folder, index.check_classes(table, classes))
+    write_bad(bad, folder)
+    index.write_index(table, folder)
+    return table
+
+
+def write_bad(bad: Sequence[dict], folder: str) -> None:
+    """List the samples that were left out in `bad_samples.jsonl` beside the index; no file where there are
+    none.
+    """
+    if bad:
+        lines = "".join(json.dumps(b) + "\n" for b in bad)
+        files.write_text(f"{folder}/bad_samples.jsonl", lines)
+
+
+def unique_keys(names: Sequence[str]) -> list[str]:
+    """Turn names in a source into WebDataset keys: no dot, no path tricks, ASCII, each one once.
+
+    A key keeps the folders and the base name without its extension; what would collide gets its row number.
+    """
+    keys = [_safe(n) for n in names]
+    times = Counter(keys)
+    taken = set(times)
+    for i, key in enumerate(keys):
+        if times[key] > 1:
+            keys[i] = f"{key}~{i}"
+            while keys[i] in taken:
+                keys[i] += "~"
+            taken.add(keys[i])
+    return keys
+
+
+def _safe(name: str) -> str:
+    stem, extension = posixpath.splitext(name)
+    stem = stem if extension.lower()[1:] in (*index.IMAGE_EXTENSIONS, "tiff") else name
+    parts = [p for p in stem.split("/") if p not in ("", ".", "..")]
+    return _UNSAFE.sub("_", "/".join(parts)).replace("__", "_") or "_"
+
+
+# -- the folder's description: a re-run with other parameters would mix two sets -----------------------------
+
+
+def _description(
+    source: Source, keys: list[str], name: str, shard_size: int, options: dict[str, Any]
+) -> dict:
+    """Say what the shards are made from; the keys stand for the source, whatever path it is reached by."""
+    digest = hashlib.sha256("\n".join(keys).encode()).hexdigest()
+    usual = inspect.signature(open_source).parameters
+    place = ("root", "download")
+    unusual = {k: v for k, v in options.items() if k not in place and v != usual[k].default}
+    return {
+        "format": 1,
+        "kind": type(source).__name__,
+        "options": unusual,
+        "samples": len(keys),
+        "keys_sha256": digest,
+        "classes": source.classes,
+        "name": name,
+        "shard_size": shard_size,
+    }
+
+
+def _claim(folder: str, description: dict) -> None:
+    place = f"{folder}/{MANIFEST}"
+    if files.exists(place):
+        there = json.loads(files.read_bytes(place))
+        differing = [k for k in description if there.get(k) != description[k]]
+        if differing:
+            said = ", ".join(
+                f"{k} {_short(there.get(k))} there, {_short(description[k])} now" for k in differing
+            )
+            raise UserError(
+                f"'{folder}' was made with other parameters ({said}): give another --out or delete it"
+            )
+    else:
+        if files.exists(folder) and files.list_files(folder, [".tar"]):
+            raise UserError(
+                f"'{folder}' holds tars that make_shards did not write: give another --out or --index-only"
+            )
+        text = json.dumps(description, indent=1) + "\n"
+        files.write_text(place, text)
+    files.remove_stale_parts(folder)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else text[:21] + "..."
+
+
+# -- one shard -----------------------------------------------------------------------------------------------
+
+
+def _make_one(source: Source, keys: list[str], uri: str) -> tuple[pa.Table, list[dict]]:
+    """Write one shard unless it is there and whole; return its index and the samples left out."""
+    kept = _whole(uri, len(keys))
+    if kept is not None:
+        return kept, []
+    result: list[tuple[pa.Table, list[dict]]] = []
+    files.write_whole(uri, lambda path: result.append(_write(source, keys, path, posixpath.basename(uri))))
+    return result[0]
+
+
+def _whole(uri: str, samples: int) -> pa.Table | None:
+    """Return the index of a finished shard; None where it is missing, damaged or lacks samples."""
+    filesystem, path = files.open_filesystem(uri)
+    if not files.exists(uri):
+        return None
+    table, bad = index.index_shard(filesystem, path)
+    return table if not bad and len(table) == samples else None
+
+
+def _write(source: Source, keys: list[str], path: str, shard: str) -> tuple[pa.Table, list[dict]]:
+    bad = []
+    with open(path, "wb") as file, _tar(file) as tar:
+        for key, sample in zip(keys, source, strict=True):
+            extension = image_extension(sample.image)
+            if extension is None:
+                bad.append(
+                    {"shard": shard, "key": key, "reason": f"not an image ({len(sample.image)} bytes)"}
+                )
+                continue
+            label = {} if sample.label is None else {"cls": str(sample.label).encode()}
+            tar.write({"__key__": key, extension: sample.image, **label})
+    filesystem, inner = files.open_filesystem(path)
+    table, unread = index.index_shard(filesystem, inner)
+    if unread:  # what was just written cannot be read: a full disk or a fault of ours, never of one image
+        raise OSError(f"shard {shard} cannot be read back: {unread[0]}")
+    names = pa.array([shard] * len(table), pa.string())
+    return table.set_column(0, "shard", names), bad
+
+
+def _tar(file: Any) -> TarWriter:
+    """Return a writer whose bytes depend on the samples only: no clock, no user."""
+    return TarWriter(file, encoder=False, mtime=0.0, user="", group="", format="GNU_FORMAT")
+
+
+def image_extension(content: bytes) -> str | None:
+    """Return the extension that fits the bytes, whatever the source called them; None where they are no
+    image.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=index.IMAGE_FORMATS) as picture:
+            return _EXTENSION[picture.format or ""]
+    except (OSError, ValueError, KeyError, Image.DecompressionBombError):
+        return None
