@@ -34,9 +34,8 @@ ISD_QUEUE = ("queue", "queue_ptr", "labels")  # labels: in the plus variant only
 def load_isd_checkpoint(path: StrPath, method: ISD, allow_unmatched: bool = False) -> list[str]:
     """Load a file of the published ISD code (train_isd*.py) into `method` and its queue.
 
-    Fills the student (backbone, projector), the predictor, the teacher and the queue (in order of age,
-    without image
-    indices: the files have none). Build the method as the file was: "isd" or "isd_plus", stem "imagenet",
+    Fills the student (backbone, projector), the predictor, the teacher and the queue (in order of age; the
+    files have no image indices). Build the method as the file was: "isd" or "isd_plus", stem "imagenet",
     queue.size as published (128 000).
 
     Raises UserError with everything that does not match, before anything is changed. With `allow_unmatched`
@@ -82,7 +81,7 @@ def export_backbone(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> None:
-    """Write a backbone as safetensors.
+    """Write a backbone of `build_backbone` as safetensors.
 
     torchvision's and timm's resnets load it with strict=False: only fc.* is missing. The metadata (strings)
     say arch, stem, dim, image_size, and mean and std of the normalisation as JSON lists. A backbone with a
@@ -127,9 +126,8 @@ def read_checkpoint(path: StrPath) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(
-            f"{path} cannot be read as a checkpoint of tensors: {str(error).splitlines()[0]}"
-        ) from error
+        reason = str(error).partition("\n")[0] or "it ends too early"
+        raise UserError(f"{path} cannot be read as a checkpoint of tensors: {reason}") from error
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -184,7 +182,7 @@ def _unmatched_queue(published: Mapping[str, Tensor], queue: Any) -> list[str]:
 
 
 def _load_queue(published: Mapping[str, Tensor], queue: Any) -> None:
-    """The pointer of the published ring stands at the oldest row."""
+    """Rows in order of age: the pointer of the published ring stands at the oldest."""
     oldest = int(published["queue_ptr"])
     keys = published["queue"].roll(-oldest, dims=0)
     none = torch.full((len(keys),), -1, dtype=torch.int64)

@@ -33,6 +33,11 @@ class Method(nn.Module):
         """Width of the embeddings in the queue; known before a backbone or a queue exists."""
         raise NotImplementedError
 
+    @classmethod
+    def option(cls, name: str, value: Any) -> Any:
+        """`value`, or the recipe's own where it is None."""
+        return cls.defaults[f"method.{name}"] if value is None else value
+
     def update_teacher(self, momentum: float) -> None:
         """Move the teacher towards the student; a method without a teacher has nothing to do."""
 
@@ -41,9 +46,9 @@ class Method(nn.Module):
     ) -> Output:
         """Loss of one batch.
 
-        views: a float tensor [b, 3, S, S] for each name in `self.views`; index: int64 [b], row of the index
-        table;
-        label: int64 [b] or None (-1: none), for diagnostics only; diagnose: compute the diagnostics.
+        views: a float tensor [b, 3, S, S] for each name in `self.views`.
+        index: int64 [b], row of the index table. label: int64 [b] (-1: none) or None, for diagnostics only.
+        diagnose: compute the diagnostics.
         """
         raise NotImplementedError
 
@@ -53,8 +58,13 @@ class Method(nn.Module):
 
 
 def unit(x: Tensor) -> Tensor:
-    """Rows of x [b, D] at length 1, in at least float32: the loss stays exact under autocast."""
+    """Rows of x [b, D] at length 1, in at least float32."""
     return F.normalize(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, dim=1)
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """Context without autocast on the device of x: cosines divided by .02 need more than bfloat16's 8 bits."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def spread(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isd_ray.errors import UserError, nearest
-from isd_ray.methods.base import Method, Output, spread, unit
+from isd_ray.methods.base import Method, Output, full_precision, spread, unit
 from isd_ray.models.heads import mlp
 from isd_ray.models.teacher import Teacher
 from isd_ray.queue.losses import queue_diagnostics, similarity_kl
@@ -32,14 +32,13 @@ class ISD(Method):
     backbone: images -> features [b, backbone.dim]; queue: of `embedding_dim(backbone.dim)` columns.
     temperature: of the student; temperature_teacher: of the teacher. views: recipes (student, teacher).
     exclude_own: leave out the anchors that come from the image itself. On a set not much larger than the
-    queue they would take nearly all of the teacher's mass.
+    queue they would take nearly all of the teacher's mass. None: the recipe's value, as in `defaults`.
 
     The published recipe is made for ImageNet: momentum .999, queue 128 000, initialised "isd_v1", own
-    anchors not excluded, .7 of the run = epoch 140. The defaults keep its temperatures, optimiser and
-    schedule and take the rest at the size of small data (momentum .99 has a time constant of 100 steps).
+    anchors not excluded. The defaults keep its temperatures, optimiser and schedule (drops at epochs 140 and
+    180 of 200) and suit the rest to small data (momentum .99 has a time constant of 100 steps).
     """
 
-    views = ("strong", "strong")
     defaults: ClassVar[dict[str, Any]] = {
         "method.temperature": 0.02,
         "method.temperature_teacher": 0.02,
@@ -63,9 +62,9 @@ class ISD(Method):
         backbone: nn.Module,
         queue: Any,
         *,
-        temperature: float = 0.02,
-        temperature_teacher: float = 0.02,
-        views: Sequence[str] = ("strong", "strong"),
+        temperature: float | None = None,
+        temperature_teacher: float | None = None,
+        views: Sequence[str] | None = None,
         exclude_own: bool = True,
     ) -> None:
         super().__init__()
@@ -73,8 +72,10 @@ class ISD(Method):
         self.student = nn.Sequential(OrderedDict(backbone=backbone, projector=projector))
         self.teacher = Teacher(self.student)
         self.queue = queue  # neither module nor buffer: its state is saved apart, in global order of age
-        self.temperature, self.temperature_teacher = temperature, temperature_teacher
-        self.views, self.exclude_own = _student_and_teacher(views), exclude_own
+        self.temperature: float = self.option("temperature", temperature)
+        self.temperature_teacher: float = self.option("temperature_teacher", temperature_teacher)
+        self.views = _student_and_teacher(self.option("views", views))
+        self.exclude_own = exclude_own
 
     @classmethod
     def embedding_dim(cls, backbone_dim: int) -> int:
@@ -95,14 +96,17 @@ class ISD(Method):
         q = unit(self.predictor(self.student(view_student)))  # b x D
         k = unit(self.teacher(view_teacher))  # b x D, no gradient
         own = index if self.exclude_own else None
-        loss = similarity_kl(self.queue, q, k, self.temperature, self.temperature_teacher, exclude=own).mean()
-        diagnostics = self.diagnose(q, k, index, label) if diagnose else {}
+        with full_precision(q):
+            loss = similarity_kl(
+                self.queue, q, k, self.temperature, self.temperature_teacher, exclude=own
+            ).mean()
+            diagnostics = self.diagnose(q, k, index, label) if diagnose else {}
         self.queue.enqueue(k, index, label)  # after the similarities: k is no anchor of its own step
         return Output(loss, diagnostics)
 
     @torch.no_grad()
     def diagnose(self, q: Tensor, k: Tensor, index: Tensor, label: Tensor | None) -> dict[str, Tensor]:
-        """Entropy, top and own-image mass and purity of the teacher's distribution; spread of both networks."""
+        """Entropy, top mass, own-image mass and purity of the teacher; spread of both networks."""
         own = index if self.exclude_own else None
         numbers = queue_diagnostics(self.queue, k, self.temperature_teacher, index, label, exclude=own)
         return {**numbers, "spread_student": spread(q), "spread_teacher": spread(k)}
@@ -115,34 +119,13 @@ class ISD(Method):
 class ISDR18(ISD):
     """ISD with a choice of views, by default strong for the student and weak for the teacher (`isd_r18`)."""
 
-    views = ("strong", "weak")
     defaults: ClassVar[dict[str, Any]] = {**ISD.defaults, "method.views": ["strong", "weak"]}
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        queue: Any,
-        *,
-        temperature: float = 0.02,
-        temperature_teacher: float = 0.02,
-        views: Sequence[str] = ("strong", "weak"),
-        exclude_own: bool = True,
-    ) -> None:
-        super().__init__(
-            backbone,
-            queue,
-            temperature=temperature,
-            temperature_teacher=temperature_teacher,
-            views=views,
-            exclude_own=exclude_own,
-        )
 
-
-class ISDPlus(ISDR18):
+class ISDPlus(ISD):
     """ISD with projector d -> 2d -> d/4, predictor d/4 -> 2d -> d/4 and a sharper teacher (`isd_plus`).
 
-    The published recipe has momentum .99, lr .05 with cosine, queue 128 000 of random unit rows, and
-    excludes nothing.
+    The published recipe has momentum .99, queue 128 000 of random unit rows, and excludes nothing.
     """
 
     defaults: ClassVar[dict[str, Any]] = {
@@ -152,25 +135,6 @@ class ISDPlus(ISDR18):
         "train.lr": 0.05,
         "train.schedule": "cosine",
     }
-
-    def __init__(
-        self,
-        backbone: nn.Module,
-        queue: Any,
-        *,
-        temperature: float = 0.1,
-        temperature_teacher: float = 0.01,
-        views: Sequence[str] = ("strong", "weak"),
-        exclude_own: bool = True,
-    ) -> None:
-        super().__init__(
-            backbone,
-            queue,
-            temperature=temperature,
-            temperature_teacher=temperature_teacher,
-            views=views,
-            exclude_own=exclude_own,
-        )
 
     @classmethod
     def embedding_dim(cls, backbone_dim: int) -> int:

@@ -5,7 +5,6 @@ import pytest
 import timm
 import torch
 import torchvision
-from isd_ray.queue.distributed import DistributedQueue
 from safetensors.torch import load_file
 from torch import nn
 
@@ -19,6 +18,7 @@ from isd_ray.interop import (
 )
 from isd_ray.methods import build_method, find_method
 from isd_ray.models.backbones import build_backbone
+from isd_ray.queue.distributed import DistributedQueue
 
 ROWS = 12
 
@@ -142,12 +142,16 @@ class Malicious:
 
 def test_nothing_in_a_checkpoint_is_executed(tmp_path):
     path = tmp_path / "bad.pth"
-    path.write_bytes(pickle.dumps({"state_dict": Malicious()}))
+    path.write_bytes(pickle.dumps({"state_dict": Malicious()}, protocol=2))
     with pytest.raises(UserError, match=r"bad.pth cannot be read"):
         load_encoder(path, build_backbone("resnet18"))
     torch.save({"state_dict": Malicious()}, path)
     with pytest.raises(UserError, match=r"bad.pth cannot be read"):
         load_encoder(path, build_backbone("resnet18"))
+    for content in (b"", b"no checkpoint", bytes(range(256))):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"bad.pth cannot be read"):
+            load_encoder(path, build_backbone("resnet18"))
     with pytest.raises(UserError, match="no checkpoint at"):
         load_encoder(tmp_path / "none.pth", build_backbone("resnet18"))
 
