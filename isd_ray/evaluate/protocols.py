@@ -49,7 +49,7 @@ def evaluate_features(
     knn_metrics: Sequence[str] = tuple(PROTOCOL),
     linear: bool = True,
     linear_recipe: LinearRecipe = ISD_RECIPE,
-    bank_name: str = "bank",
+    bank_name: str = "unnamed",
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> dict[str, Any]:

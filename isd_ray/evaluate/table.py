@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-TITLES = {"knn1": "1-NN", "knn20": "20-NN", "knn200_weighted": "200-NN weighted", "linear": "linear"}
+TITLES = {"knn1": "1-NN", "knn20": "20-NN", "knn200_weighted": "200-NN\nweighted", "linear": "linear"}
 WIDTH = 100
 MAX_CLASSES = 20  # more do not fit into a line; they stand in result.json
 
@@ -42,21 +42,23 @@ def markdown(result: dict[str, Any], *, class_names: Sequence[str] | None = None
     """Return the same table and notes as Markdown."""
     header, rows = _cells(result, by)
     rule = ["---", *["---:"] * (len(header) - 1)]
+    header = [_one_line(title) for title in header]
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)]
     notes = [line for note in _notes(result, by, class_names) for line in ("", note)]
     return "\n".join(lines + notes) + "\n"
 
 
 def _cells(result: dict[str, Any], by: str) -> tuple[list[str], list[list[str]]]:
+    """Titles (a line break divides them) and rows: metrics, then groups of metric `by` and their std."""
     metrics = list(next(iter(result["metrics"].values())))
     groups = list(result["protocol"]["groups"]["classes"]) if by in metrics else []
-    title = TITLES.get(by, by)
-    header = ["", *[TITLES.get(m, m) for m in metrics], *[f"{g} ({title})" for g in groups]]
+    extra = [*groups, "std"] if groups else []
+    header = ["", *[TITLES.get(m, m) for m in metrics], *[f"{TITLES.get(by, by)}\n{name}" for name in extra]]
     rows = []
     for name, values in result["metrics"].items():
-        by_group = result["groups"][name].get(by) or {}
+        by_group = (result["groups"][name].get(by) or {}) | {"std": result["std"][name].get(by)}
         rows.append(
-            [name, *[_percent(values[m]) for m in metrics], *[_percent(by_group.get(g)) for g in groups]]
+            [name, *[_percent(values[m]) for m in metrics], *[_percent(by_group.get(g)) for g in extra]]
         )
     return header, rows
 
@@ -68,16 +70,20 @@ def _notes(result: dict[str, Any], by: str, class_names: Sequence[str] | None) -
     if per_class and len(per_class) <= MAX_CLASSES:
         names = class_names or [str(c) for c in range(len(per_class))]
         each = ", ".join(f"{c} {_percent(v)}" for c, v in zip(names, per_class, strict=True))
-        notes.append(f"{TITLES.get(by, by)} per class, {name}: {each}")
+        notes.append(f"{_one_line(TITLES.get(by, by))} per class, {name}: {each}")
     sizes = ", ".join(f"{group} {len(members)}" for group, members in protocol["groups"]["classes"].items())
     notes.append(f"Classes by pretraining count: {sizes or 'all equally frequent'}.")
     bank = protocol["bank"]
-    notes.append(f"{bank['name'].capitalize()}: {bank['images']} labelled images, "
+    notes.append(f"Bank ({bank['name']}): {bank['images']} labelled images, "
                  f"{bank['smallest_class']} to {bank['largest_class']} a class.")  # fmt: skip
     for metric, p in protocol.items():
         if "left_out" in p:
-            notes.append(f"{TITLES.get(metric, metric)} is left out: {p['left_out']}.")
+            notes.append(f"{_one_line(TITLES.get(metric, metric))} is left out: {p['left_out']}.")
     return notes
+
+
+def _one_line(title: str) -> str:
+    return title.replace("\n", " ")
 
 
 def _percent(value: float | None) -> str:

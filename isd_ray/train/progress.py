@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
-from urllib.parse import urlsplit
 
-from pyarrow import fs
+from pyarrow import ArrowInvalid, fs
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 from torch import Tensor
+
+from isd_ray.errors import UserError
 
 LIVE_REFRESH = 0.5  # seconds between two updates of the live line
 
@@ -58,6 +59,7 @@ class Progress:
         self.start_step = self.last_step = self.window_step = start_step
         self.started = self.window_start = self.shown = clock()
         self.waited = 0.0
+        self._pending: tuple[float | Tensor, Numbers, float | None] = (float("nan"), {}, None)
         self.latest: Row = {}
         self.live = self._start_live() if self.out.isatty() else None
 
@@ -132,7 +134,7 @@ class Progress:
         if self.live and keep:
             self.live.console.print(Text(line))
         elif self.live:
-            self.live.update(Text(line), refresh=True)
+            self.live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
         else:
             print(line, file=self.out, flush=True)
 
@@ -182,7 +184,7 @@ class MetricsWriter:
     """Write rows to `<folder>/metrics.jsonl`, one JSON object a line, and scalars to `<folder>/tensorboard`.
 
     `folder` is a local path or any `pyarrow.fs` URI. On a resume from step s (`start_step=s`), lines of later
-    steps and a line that was torn by a kill are dropped first, so no step appears twice. A local file grows
+    steps and a line that was torn by a kill are dropped first, so nothing appears twice. A local file grows
     line by line. A remote one is written whole at `flush`, because object stores do not append; TensorBoard
     is written to local folders only. NaN and infinities become null, which every JSON reader accepts.
     """
@@ -192,8 +194,8 @@ class MetricsWriter:
         self.filesystem.create_dir(root, recursive=True)
         self.path = f"{root}/metrics.jsonl"
         self.lines = [json.dumps(row) for row in self._read() if row["step"] <= start_step]
-        self._write_whole()
         self.local = isinstance(self.filesystem, fs.LocalFileSystem)
+        self._write_whole()
         self.file = open(self.path, "a", encoding="utf-8") if self.local else None  # noqa: SIM115 (closed by close)
         self.board = (
             _summary_writer(f"{root}/tensorboard", start_step) if tensorboard and self.local else None
@@ -210,7 +212,7 @@ class MetricsWriter:
         else:
             self.lines.append(line)
         for name, value in row.items():
-            if self.board and name != "step" and not isinstance(value, bool | str) and value is not None:
+            if self.board and name != "step" and _is_number(value):
                 self.board.add_scalar(name, value, row["step"])
 
     def flush(self) -> None:
@@ -242,16 +244,22 @@ class MetricsWriter:
                 yield row
 
     def _write_whole(self) -> None:
-        """Replace the file in one move, so that a kill leaves either the old or the new one."""
-        beside = f"{self.path}.new"
+        """Replace the file at once: a kill leaves the old one or the new one (object stores see to it)."""
+        beside = f"{self.path}.new" if self.local else self.path
         with self.filesystem.open_output_stream(beside) as stream:
             stream.write("".join(line + "\n" for line in self.lines).encode())
-        self.filesystem.move(beside, self.path)
+        if self.local:
+            self.filesystem.move(beside, self.path)
 
 
 def _filesystem(folder: str | Path) -> tuple[fs.FileSystem, str]:
-    if isinstance(folder, str) and urlsplit(folder).scheme:
-        filesystem, path = fs.FileSystem.from_uri(folder)
+    if isinstance(folder, str) and "://" in folder:
+        try:
+            filesystem, path = fs.FileSystem.from_uri(folder)
+        except ArrowInvalid as error:
+            raise UserError(
+                f"No file system for '{folder}': {error}. Use a path, file://, s3:// or gs://."
+            ) from None
         return filesystem, path.rstrip("/")
     return fs.LocalFileSystem(), str(Path(folder).absolute())
 
@@ -264,6 +272,10 @@ def _summary_writer(folder: str, start_step: int) -> Any:
 
 def _floats(numbers: Numbers) -> dict[str, float]:
     return {name: float(value) for name, value in numbers.items()}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | Tensor) and not isinstance(value, bool)
 
 
 def _finite(value: Any) -> Any:

@@ -51,7 +51,12 @@ def test_perfect_features_score_100_and_groups_follow_the_pretraining_counts() -
     assert r["groups"]["knn20"] == {"many": 100.0, "medium": 100.0, "few": 100.0}
     assert r["protocol"]["groups"]["classes"] == {"many": [1, 2], "medium": [3], "few": [0]}
     assert r["std"]["linear"] == 0
-    assert r["protocol"]["bank"] == {"name": "bank", "images": 210, "largest_class": 53, "smallest_class": 52}
+    assert r["protocol"]["bank"] == {
+        "name": "unnamed",
+        "images": 210,
+        "largest_class": 53,
+        "smallest_class": 52,
+    }
     assert "left_out" not in r["protocol"]["knn200_weighted"]
 
 
@@ -131,7 +136,7 @@ def test_the_table_fits_100_columns_without_colour(result: dict) -> None:
         "200-NN weighted is left out",
     ):
         assert part in text
-    assert "Balanced train set: 30 labelled images, 10 to 10 a class." in text
+    assert "Bank (balanced train set): 30 labelled images, 10 to 10 a class." in text
 
 
 def test_markdown_has_one_row_an_encoder(result: dict) -> None:

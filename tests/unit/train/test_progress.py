@@ -1,0 +1,188 @@
+"""Progress lines by a clock of the test's own, and metrics files across kills and resumes."""
+
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import fs
+
+from isd_ray.errors import UserError
+from isd_ray.train.progress import MetricsWriter, Progress, duration
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def run(progress: Progress, clock: Clock, steps: range, seconds: float = 1.0) -> list[dict]:
+    rows = []
+    for step in steps:
+        clock.now += seconds
+        row = progress.step(step, torch.tensor(1 / step), {"queue_fill": step / 100}, 0.25 * seconds, lr=0.05)
+        rows += [row] if row else []
+    return rows
+
+
+def test_plain_lines_come_at_the_interval_and_carry_the_true_figures() -> None:
+    out, clock = io.StringIO(), Clock()
+    progress = Progress(4, 25, 64, out=out, interval=10, clock=clock)
+    rows = run(progress, clock, range(1, 26))
+    assert [row["step"] for row in rows] == [10, 20]
+    assert rows[1]["images_per_second"] == pytest.approx(64)
+    assert rows[1]["wait_share"] == pytest.approx(0.25)
+    assert rows[1]["loss"] == pytest.approx(1 / 20)
+    assert rows[1]["eta_seconds"] == pytest.approx(80)  # 100 steps of a second, 20 are done
+    row = progress.epoch_end(0, {"knn20": 42.5})
+    assert (row["step"], row["epoch"], row["knn20"]) == (25, 0, 42.5)
+    assert row["images_per_second"] == pytest.approx(64)
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 3
+    assert lines[0] == (
+        "epoch 1/4  step 10/100  loss 0.1000  lr 0.05  64 images/s  waited 25%  queue_fill 0.1  ETA 0:01:30"
+    )
+    assert "knn20 42.5" in lines[2]
+    assert "\x1b" not in out.getvalue()
+
+
+def test_a_resumed_run_measures_only_its_own_steps() -> None:
+    out, clock = io.StringIO(), Clock()
+    progress = Progress(2, 50, 8, start_step=60, out=out, interval=10, clock=clock)
+    (row,) = run(progress, clock, range(61, 66), seconds=2)
+    assert (row["step"], row["epoch"]) == (65, 1)
+    assert row["images_per_second"] == pytest.approx(4)
+    assert row["eta_seconds"] == pytest.approx(2 * 35)
+
+
+def test_tensors_are_read_only_when_a_report_is_due() -> None:
+    class Unread:
+        def __float__(self) -> float:
+            raise AssertionError("reading the loss would wait for the device")
+
+    clock = Clock()
+    progress = Progress(1, 100, 8, out=io.StringIO(), interval=10, clock=clock)
+    for step in range(1, 10):
+        clock.now += 1
+        assert progress.step(step, Unread(), {"x": Unread()}, 0.0) is None  # type: ignore[arg-type]
+    clock.now += 1
+    with pytest.raises(AssertionError, match="wait for the device"):
+        progress.step(10, Unread(), {}, 0.0)  # type: ignore[arg-type]
+
+
+def test_an_epoch_that_ends_with_a_report_repeats_its_figures() -> None:
+    clock = Clock()
+    progress = Progress(1, 10, 8, out=io.StringIO(), interval=10, clock=clock)
+    (row,) = run(progress, clock, range(1, 11))
+    assert progress.epoch_end(0) == row | {"epoch_end": True}
+
+
+def test_a_terminal_gets_a_live_line_and_one_line_an_epoch() -> None:
+    out, clock = Terminal(), Clock()
+    with Progress(2, 5, 8, out=out, interval=10, clock=clock) as progress:
+        run(progress, clock, range(1, 6))
+        progress.epoch_end(0)
+    progress.close()
+    text = out.getvalue()
+    assert text.count("epoch done") == 1
+    assert "step 3/10" in text
+    assert "\x1b" in text
+
+
+@given(st.integers(0, 10**6))
+def test_duration_reads_back(seconds: int) -> None:
+    h, m, s = duration(seconds).split(":")
+    assert int(h) * 3600 + int(m) * 60 + int(s) == seconds
+    assert len(m) == len(s) == 2
+
+
+def read(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_resume_drops_later_steps_and_torn_lines(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    for step in range(1, 8):
+        writer.write({"step": step, "loss": float(step)})
+    writer.close()  # each line was visible before: see the next test
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')
+    resumed = MetricsWriter(tmp_path, start_step=5, tensorboard=False)
+    assert [row["step"] for row in read(tmp_path)] == [1, 2, 3, 4, 5]
+    resumed.write({"step": 6, "loss": 60.0})
+    resumed.close()
+    assert [(row["step"], row["loss"]) for row in read(tmp_path)][4:] == [(5, 5.0), (6, 60.0)]
+    assert [f.name for f in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_lines_are_readable_at_once_and_hold_no_nan(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    writer.write({"step": 1, "loss": math.nan, "lr": torch.tensor(0.5), "epoch_end": True})
+    (row,) = read(tmp_path)
+    assert row["loss"] is None
+    assert row["lr"] == 0.5
+    assert row["epoch_end"] is True
+    assert row["time"] > 1e9
+    writer.close()
+    writer.close()
+
+
+def test_a_fresh_run_starts_an_empty_file(tmp_path: Path) -> None:
+    first = MetricsWriter(tmp_path, tensorboard=False)
+    first.write({"step": 1})
+    first.close()
+    MetricsWriter(tmp_path, tensorboard=False).close()
+    assert read(tmp_path) == []
+
+
+def test_a_remote_folder_is_written_whole_at_flush(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = fs.SubTreeFileSystem(
+        str(tmp_path), fs.LocalFileSystem()
+    )  # not a LocalFileSystem: stands for a bucket
+    monkeypatch.setattr("isd_ray.train.progress._filesystem", lambda folder: (store, "run"))
+    writer = MetricsWriter("bucket://run")
+    writer.write({"step": 1, "loss": 0.5})
+    assert read(tmp_path / "run") == []
+    writer.flush()
+    assert read(tmp_path / "run")[0]["loss"] == 0.5
+    writer.write({"step": 2})
+    writer.close()
+    MetricsWriter("bucket://run", start_step=1).close()
+    assert [row["step"] for row in read(tmp_path / "run")] == [1]
+    assert [f.name for f in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]  # no TensorBoard there
+
+
+def test_uris_and_paths_mean_the_same_local_folder(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path.as_uri(), tensorboard=False)
+    writer.write({"step": 3})
+    writer.close()
+    assert read(tmp_path)[0]["step"] == 3
+
+
+def test_an_unknown_file_system_is_named() -> None:
+    with pytest.raises(UserError, match="No file system for 'nosuch://runs/a'"):
+        MetricsWriter("nosuch://runs/a")
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start, value in ((0, 1.0), (2, 5.0)):
+        writer = MetricsWriter(tmp_path, start_step=start)
+        for step in range(start + 1, start + 4):
+            writer.write({"step": step, "loss": value, "epoch_end": False})
+        writer.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in board.Scalars("loss")] == [(1, 1), (2, 1), (3, 5), (4, 5), (5, 5)]
+    assert board.Tags()["scalars"] == ["loss"]
