@@ -28,7 +28,7 @@ class DataConfig(Section):
     """Which images, and how they reach the model."""
 
     dataset: str = Field(
-        "embedded_lt", description="Name of a definition in datasets/ (a YAML file works too)"
+        "embedded_lt", description="Name of a definition in datasets/"
     )
     root: str | None = Field(
         None, description="Folder of the raw data set (Parquet files, image folders, torchvision)"
@@ -222,8 +222,10 @@ def resolve(*layers: Layer) -> Config:
     _refuse_unknown_keys(given)
     chosen = validate(_only_names(given))
     definition = load_definition(chosen.data.dataset)
+    images = {f"data.{name}": getattr(definition, name) for name in ("image_size", "mean", "std")}
     per_method = definition.methods.get(chosen.method.name, {})
-    return validate(merge(find_method(chosen.method.name).defaults, definition.defaults, per_method, given))
+    method = find_method(chosen.method.name).defaults
+    return validate(merge(method, images, definition.defaults, per_method, given))
 
 
 def validate(values: Layer) -> Config:

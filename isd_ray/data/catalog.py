@@ -69,6 +69,9 @@ class Definition(_Strict):
     defaults: dict[str, Any] = Field(
         default_factory=dict, description="dotted config names -> values, below a recipe"
     )
+    methods: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="the same for one method, by its name; they win over `defaults`"
+    )
 
 
 class Splits(NamedTuple):
