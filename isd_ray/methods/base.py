@@ -63,7 +63,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def full_precision(x: Tensor) -> torch.autocast:
-    """Context without autocast on the device of x: cosines divided by .02 need more than bfloat16's 8 bits."""
+    """Context without autocast on the device of x: cosines divided by .02 need more than 8 bits."""
     return torch.autocast(x.device.type, enabled=False)
 
 
