@@ -43,7 +43,6 @@ def bare(config: Config, seconds: float, answer: Any) -> None:
     """Train on tensors in memory for about `seconds`; puts images/s into `answer`."""
     from isd_ray.data.augment import make_views
     from isd_ray.data.stream import Batch
-
     from isd_ray.train.state import build_state
 
     torch.set_num_threads(config.train.threads)

@@ -1,9 +1,20 @@
 """ISD on Ray: self-supervised learning for unbalanced, unlabelled images."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
 __version__ = "0.1.0"
+
+RAY_SETTINGS = {  # Ray reads them when it is imported, hence here; what the user has set stays
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else each line of a worker appears twice
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the controller's poll; the default of 2 s delays start and end
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # hundreds of lines in a job's log
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+for _name, _value in RAY_SETTINGS.items():
+    os.environ.setdefault(_name, _value)
 
 
 def pretrain(options: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -27,9 +27,7 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Which images, and how they reach the model."""
 
-    dataset: str = Field(
-        "embedded_lt", description="Name of a definition in datasets/"
-    )
+    dataset: str = Field("embedded_lt", description="Name of a definition in datasets/")
     root: str | None = Field(
         None, description="Folder of the raw data set (Parquet files, image folders, torchvision)"
     )
@@ -171,7 +169,7 @@ class Config(BaseSettings):
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @classmethod
-    def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, **_: Any) -> tuple[Any, ...]:
+    def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, **_: Any) -> tuple[Any, ...]:  # type: ignore[override]
         """Take values from the caller alone: stray environment variables must not change a run."""
         return (init_settings,)
 

@@ -1,59 +1,17 @@
-"""Ray, as this project uses it: every call to an API that still changes between versions stands here."""
+"""Ray Train, as this project uses it: the calls to its API, which still changes between versions, stand here."""
 
 import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
-QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else each line of a worker appears twice
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the controller's poll; the default of 2 s delays start and end
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # hundreds of lines in a job's log
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
-for _name, _value in QUIET.items():  # read by Ray at import
-    os.environ.setdefault(_name, _value)
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchTrainer, get_device
 
-import ray  # noqa: E402
-from ray.exceptions import RayError  # noqa: E402
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError  # noqa: E402
-from ray.train.torch import TorchTrainer, get_device  # noqa: E402
-
-from isd_ray.config import Config  # noqa: E402
-from isd_ray.errors import UserError  # noqa: E402
-from isd_ray.train.folder import RunFolder  # noqa: E402
-from isd_ray.train.state import Worker  # noqa: E402
-
-OBJECT_STORE_BYTES = 2 * 2**30
-DATA_CPUS = 2  # logical CPUs of a local Ray beyond the workers', so that data tasks never wait for them
-
-
-def inside_job() -> bool:
-    """Tell whether this process was started by `ray job submit`: its working folder is then a throw-away copy."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-
-
-def start_ray(address: str | None, workers: int) -> None:
-    """Connect to the cluster, or start a local Ray; nothing happens where this process has one already."""
-    if ray.is_initialized():
-        return
-    address = address or os.environ.get("RAY_ADDRESS")
-    if address:
-        try:
-            ray.init(address=address, log_to_driver=True)
-        except (ConnectionError, RayError, ValueError) as error:
-            raise UserError(f"Ray at {address}: {error}; start it with 'ray start --head'") from None
-        return
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        p for p in sys.path if p
-    )  # workers import what this process does
-    ray.init(
-        num_cpus=max(os.cpu_count() or 1, workers + DATA_CPUS),
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        logging_level="error",
-    )
+from isd_ray.config import Config
+from isd_ray.errors import UserError
+from isd_ray.train.folder import RunFolder
+from isd_ray.train.state import Worker
 
 
 def choose_device(config: Config) -> str:

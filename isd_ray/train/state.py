@@ -67,7 +67,8 @@ def build_state(config: Config, device: torch.device) -> State:
     )
     if config.train.sync_batch_norm:
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
-    method = method.to(device, memory_format=torch.channels_last)
+    method.to(device)
+    method.to(memory_format=torch.channels_last)
     return State(method, queue, build_optimizer(method, config.train))
 
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 
-from isd_ray import interop
+from isd_ray import interop, session
 from isd_ray.config import Config, flatten, merge, to_yaml, validate
 from isd_ray.data.catalog import Splits, open_dataset
 from isd_ray.errors import UserError
@@ -27,18 +27,11 @@ from isd_ray.train.loop import train
 from isd_ray.train.state import build_state
 
 # Options that may change between the start of a run and its continuation: they do not change what is learned.
-FREE = (
-    "name",
-    "output",
-    "address",
-    "data.root",
-    "data.shards",
-    "data.download",
-    "data.cache",
-    "train.workers",
-)
-FREE += ("train.threads", "train.log_every", "train.checkpoint_seconds", "train.keep_checkpoints")
-FREE += ("train.max_failures", "train.device", "train.gpus_per_worker", "queue.layout")
+FREE = {
+    "name", "output", "address", "data.root", "data.shards", "data.download", "data.cache", "train.workers",
+    "train.threads", "train.log_every", "train.checkpoint_seconds", "train.keep_checkpoints", "train.max_failures",
+    "train.device", "train.gpus_per_worker", "queue.layout",
+}  # fmt: skip
 FREE_SECTIONS = ("evaluate.",)
 
 
@@ -55,7 +48,7 @@ def pretrain(config: Config) -> dict[str, Any]:
         return folder.read_json("result.json")
     if folder.exists("config.yaml"):
         check_same(config, folder)
-    cluster.start_ray(config.address, config.train.workers)
+    session.start_ray(config.address, config.train.workers)
     device = cluster.choose_device(config)
     splits = open_splits(config)
     check_sizes(config, splits.train)
@@ -77,7 +70,7 @@ def run_uri(config: Config) -> str:
     """Return the run's folder. The default name holds a hash of all that changes what is learned."""
     output = config.output
     relative = "://" not in output and not Path(output).expanduser().is_absolute()
-    if relative and cluster.inside_job():
+    if relative and session.inside_job():
         output = str(Path.home() / "isd_ray" / output)
         say(
             f"output: {output} (a job's working folder is thrown away; give --output an absolute path or URI)"
@@ -197,7 +190,7 @@ def evaluate(
     saved = yaml.safe_load(folder.read("config.yaml"))
     given = {f"evaluate.{k}": v for k, v in options.items()} | {f"data.{k}": v for k, v in places.items()}
     config = validate(merge(saved, {k: v for k, v in given.items() if v is not None}))
-    cluster.start_ray(config.address, 0)
+    session.start_ray(config.address, 0)
     device = cluster.choose_device(config)
     splits = open_splits(config)
     result = summary(config, folder, {})

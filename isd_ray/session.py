@@ -1,0 +1,55 @@
+"""One Ray for every job: join the cluster that is there, or start a local one, quietly."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+import ray
+from ray.exceptions import RayError
+
+from isd_ray.errors import UserError
+
+PACKAGE = Path(__file__).parent
+OBJECT_STORE_BYTES = 2 * 2**30
+DATA_CPUS = 2  # logical CPUs of a local Ray beyond the workers', so that data tasks never wait for them
+
+
+def inside_job() -> bool:
+    """Tell whether this process was started by `ray job submit`: its working folder is then a throw-away copy."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def start_ray(address: str | None = None, workers: int = 0) -> None:
+    """Join the cluster at `address` or RAY_ADDRESS, else start a local Ray with room for `workers` and data tasks.
+
+    Nothing happens where this process has a Ray already. Workers can import this package everywhere: a job's working
+    folder holds it, else it travels with the driver. Raises UserError where there is no Ray at the address.
+    """
+    if ray.is_initialized():
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    if not address:
+        os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        ray.init(
+            num_cpus=max(os.cpu_count() or 1, workers + DATA_CPUS),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            logging_level=logging.ERROR,
+        )
+        return
+    try:
+        package = None if inside_job() else {"py_modules": [str(PACKAGE)]}
+        ray.init(address=address, runtime_env=package, logging_level=logging.ERROR)
+    except (ConnectionError, RayError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"no Ray answers at {address} ({reason}); start one with 'ray start --head'"
+        ) from None
+
+
+def quiet_data() -> None:
+    """Keep Ray Data's running commentary in its log files; errors are raised, not only logged."""
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.ERROR)
