@@ -97,7 +97,7 @@ def weighted_vote(
     return _vote(((similarity - nearest).double() / temperature).exp(), labels, classes, seed)
 
 
-def _vote(weights: Tensor, labels: Tensor, classes: int, seed: int, chunk: int = 4096) -> Tensor:
+def _vote(weights: Tensor, labels: Tensor, classes: int, seed: int, chunk: int = 1024) -> Tensor:
     """The class of the greatest sum of weights. A tie falls to a vote drawn at random among those of the tied
     classes: equally many a class where all weights are 1, so every tied class has the same chance.
     """

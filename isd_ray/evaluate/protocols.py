@@ -135,9 +135,12 @@ def evaluate_encoders(
         progress(name)
         start = time.perf_counter()
         bank, test = features(name, bank_images), features(name, test_images)
-        one = evaluate_features(
-            bank, bank_labels, test, test_labels, classes=classes, device=device, **options
-        )
+        try:
+            one = evaluate_features(
+                bank, bank_labels, test, test_labels, classes=classes, device=device, **options
+            )
+        except UserError as error:
+            raise UserError(f"Evaluation of {name}: {error}") from None
         for section in SECTIONS:
             result[section][name] = one[section]
         if name != "pixels":

@@ -49,15 +49,12 @@ class Progress:
         interval: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.total_epochs, self.steps_per_epoch, self.global_batch = (
-            total_epochs,
-            steps_per_epoch,
-            global_batch,
-        )
+        self.total_epochs, self.steps_per_epoch = total_epochs, steps_per_epoch
+        self.global_batch = global_batch
         self.out = out or sys.stderr
         self.interval, self.clock = interval, clock
         self.start_step = self.last_step = self.window_step = start_step
-        self.started = self.window_start = self.shown = clock()
+        self.started = self.window_start = self.shown = self.last_time = clock()
         self.waited = 0.0
         self._pending: tuple[float | Tensor, Numbers, float | None] = (float("nan"), {}, None)
         self.latest: Row = {}
@@ -74,7 +71,7 @@ class Progress:
         """Note that step `step` is finished; `waited_seconds` of it were spent waiting for data."""
         self.last_step = step
         self.waited += waited_seconds
-        now = self.clock()
+        now = self.last_time = self.clock()
         due = now - self.window_start >= self.interval
         if due or (self.live and now - self.shown >= LIVE_REFRESH):
             row = self._row(loss, diagnostics, lr, now)
@@ -83,7 +80,7 @@ class Progress:
             if due:
                 self._new_window(row, now)
                 return row
-        self._pending = (loss, dict(diagnostics), lr)
+        self._pending = (_detached(loss), {name: _detached(x) for name, x in diagnostics.items()}, lr)
         return None
 
     def epoch_end(self, epoch: int, metrics: Numbers | None = None) -> Row:
@@ -110,7 +107,7 @@ class Progress:
         self.close()
 
     def _row(self, loss: float | Tensor, diagnostics: Numbers, lr: float | None, now: float) -> Row:
-        seconds = max(now - self.window_start, 1e-9)
+        seconds = max(self.last_time - self.window_start, 1e-9)  # what follows the last step is no training
         steps = self.last_step - self.window_step
         pace = (now - self.started) / max(self.last_step - self.start_step, 1)
         total = self.total_epochs * self.steps_per_epoch
@@ -196,13 +193,13 @@ class MetricsWriter:
         self.lines = [json.dumps(row) for row in self._read() if row["step"] <= start_step]
         self.local = isinstance(self.filesystem, fs.LocalFileSystem)
         self._write_whole()
-        self.file = open(self.path, "a", encoding="utf-8") if self.local else None  # noqa: SIM115 (closed by close)
+        self.file = Path(self.path).open("a") if self.local else None  # noqa: SIM115
         self.board = (
             _summary_writer(f"{root}/tensorboard", start_step) if tensorboard and self.local else None
         )
 
     def write(self, row: Row) -> None:
-        """Add one row; it needs `step` (see the module) and gets the wall-clock `time` in seconds since 1970."""
+        """Add one row; it needs `step` and gets `time`, in seconds since 1970."""
         line = json.dumps(
             {"time": round(time.time(), 3)} | {name: _finite(value) for name, value in row.items()}
         )
@@ -244,7 +241,7 @@ class MetricsWriter:
                 yield row
 
     def _write_whole(self) -> None:
-        """Replace the file at once: a kill leaves the old one or the new one (object stores see to it)."""
+        """Replace the file at once: a kill leaves the old one or the new one."""
         beside = f"{self.path}.new" if self.local else self.path
         with self.filesystem.open_output_stream(beside) as stream:
             stream.write("".join(line + "\n" for line in self.lines).encode())
@@ -276,6 +273,11 @@ def _floats(numbers: Numbers) -> dict[str, float]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | Tensor) and not isinstance(value, bool)
+
+
+def _detached(value: float | Tensor) -> float | Tensor:
+    """Without its graph, which would keep a step's activations alive until the next report."""
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _finite(value: Any) -> Any:

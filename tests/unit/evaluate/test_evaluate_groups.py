@@ -45,6 +45,10 @@ def test_large_and_small_of_the_8_30_scheme() -> None:
     assert class_groups([4000, 0], "large_small") == {"large": [0], "small": [1]}
 
 
+def test_of_equal_counts_the_later_label_is_the_rarer() -> None:
+    assert class_groups([9, 5, 5, 5, 5, 5]) == {"many": [0, 1], "medium": [2, 3], "few": [4, 5]}
+
+
 def test_counts_may_be_a_tensor() -> None:
     assert class_groups(torch.tensor(CIFAR10_LT)) == class_groups(CIFAR10_LT)
 

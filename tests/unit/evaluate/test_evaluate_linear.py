@@ -33,8 +33,8 @@ def plain_head(copies, y, test, classes, epochs, batch_size, milestones, seed):
             i = order[start : start + batch_size]
             x = x_all[epoch % len(copies)][i]
             error = (x @ w.T + b).softmax(1) - torch.eye(classes, dtype=torch.float64)[y[i]]
-            vw = 0.9 * vw + error.T @ x / len(i) + 1e-4 * w
-            vb = 0.9 * vb + error.mean(0) + 1e-4 * b
+            vw = 0.9 * vw + error.T @ x / len(i) + 0.5 * w
+            vb = 0.9 * vb + error.mean(0) + 0.5 * b
             w, b = w - lr * vw, b - lr * vb
     t = test.double() / test.double().norm(dim=1, keepdim=True)
     return ((t - mean) / (variance + 1e-5).sqrt()) @ w.T + b
@@ -46,7 +46,7 @@ def test_equals_a_plain_float64_loop(copies: int) -> None:
     g = torch.Generator().manual_seed(1)
     views = [x, *[x + 0.2 * torch.randn(x.shape, generator=g) for _ in range(copies - 1)]]
     test = 3 * torch.randn(400, 6, generator=g)
-    recipe = LinearRecipe(epochs=7, batch_size=16, milestones=(3, 5))
+    recipe = LinearRecipe(epochs=7, batch_size=16, weight_decay=0.5, milestones=(3, 5))
     got, protocol = linear(views, y, test, classes=4, recipe=recipe, seed=5)
     logits = plain_head(views, y, test, 4, 7, 16, (3, 5), 5)
     top = logits.topk(2).values

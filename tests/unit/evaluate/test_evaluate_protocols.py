@@ -106,6 +106,16 @@ def test_bad_features_and_counts_are_named() -> None:
         evaluate_encoders({}, iter([images]), labels, images, labels, view=lambda x: x, **options)
 
 
+def test_a_diverged_encoder_is_named() -> None:
+    images, labels = coloured(6)
+    diverged = nn.Conv2d(3, 2, 4)
+    nn.init.constant_(diverged.weight, float("inf"))
+    encoders = {"student": nn.Flatten(), "teacher": diverged}
+    with pytest.raises(UserError, match="Evaluation of teacher: 6 of 6 feature vectors of the bank"):
+        evaluate_encoders(encoders, images, labels, images, labels, view=lambda x: x.float(), classes=3,
+                          train_counts=[1, 2, 3], linear=False)  # fmt: skip
+
+
 def test_encoders_and_pixels_stand_side_by_side(result: dict) -> None:
     assert list(result["metrics"]) == ["student", "untrained", "pixels"]
     assert all(list(m) == METRICS for m in result["metrics"].values())

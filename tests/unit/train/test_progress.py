@@ -1,8 +1,10 @@
 """Progress lines by a clock of the test's own, and metrics files across kills and resumes."""
 
+import gc
 import io
 import json
 import math
+import weakref
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,41 @@ def test_an_epoch_that_ends_with_a_report_repeats_its_figures() -> None:
     progress = Progress(1, 10, 8, out=io.StringIO(), interval=10, clock=clock)
     (row,) = run(progress, clock, range(1, 11))
     assert progress.epoch_end(0) == row | {"epoch_end": True}
+
+
+def test_time_after_the_last_step_of_an_epoch_is_no_training() -> None:
+    clock = Clock()
+    progress = Progress(2, 4, 8, out=io.StringIO(), interval=10, clock=clock)
+    run(progress, clock, range(1, 5))
+    clock.now += 100  # an evaluation
+    row = progress.epoch_end(0)
+    assert row["images_per_second"] == pytest.approx(8)
+    assert row["eta_seconds"] == pytest.approx(104)  # the next epoch has one too
+    clock.now += 10
+    row = progress.step(5, 0.1, {}, 0.0)
+    assert row is not None
+    assert row["images_per_second"] == pytest.approx(0.8)
+
+
+def test_the_graph_of_a_step_is_not_kept_until_the_next_report() -> None:
+    class Activations:
+        pass
+
+    class Keep(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, activations):
+            ctx.activations = activations
+            return x.clone()
+
+    activations = Activations()
+    alive = weakref.ref(activations)
+    loss = Keep.apply(torch.ones((), requires_grad=True), activations)
+    progress = Progress(1, 10, 8, out=io.StringIO(), clock=Clock())
+    progress.step(1, loss, {"same": loss}, 0.0)
+    del loss, activations
+    gc.collect()
+    assert alive() is None
+    assert progress.epoch_end(0)["loss"] == 1
 
 
 def test_a_terminal_gets_a_live_line_and_one_line_an_epoch() -> None:
