@@ -36,11 +36,12 @@ def start_ray(address: str | None = None, workers: int = 0) -> None:
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
             logging_level=logging.ERROR,
+            log_to_driver=False,  # workers' lines for the user come through train.cluster.Printer
         )
         return
     try:
         package = None if inside_job() else {"py_modules": [str(PACKAGE)]}
-        ray.init(address=address, runtime_env=package, logging_level=logging.ERROR)
+        ray.init(address=address, runtime_env=package, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RayError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

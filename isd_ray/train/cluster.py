@@ -1,12 +1,15 @@
 """Ray Train, as this project uses it: the calls to its API, which still changes between versions, stand here."""
 
 import os
+import sys
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO, cast
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer, get_device
+from ray.util.queue import Queue
 
 from isd_ray.config import Config
 from isd_ray.errors import UserError
@@ -41,12 +44,14 @@ def run_workers(
 ) -> None:
     """Run `function` on every Ray Train worker; an error of a worker comes out as the error that it was."""
 
+    printer = None if config.train.workers == 0 else Printer()
+    lines = printer and printer.lines
+
     def worker_loop(_: dict[str, Any]) -> None:
         context = ray.train.get_context()
-        where = get_device()
-        function(
-            config, RunFolder(folder.uri), Worker(context.get_world_rank(), context.get_world_size(), where)
-        )
+        rank, world = context.get_world_rank(), context.get_world_size()
+        out = sys.stderr if lines is None else cast(TextIO, Outbox(lines))
+        function(config, RunFolder(folder.uri), Worker(rank, world, get_device(), out))
 
     train = config.train
     resources = {"CPU": 1.0} | ({"GPU": train.gpus_per_worker} if device == "cuda" else {})
@@ -68,6 +73,46 @@ def run_workers(
         trainer.fit()
     except TrainingFailedError as error:
         raise _cause(error) from None
+    finally:
+        if printer:
+            printer.close()
+
+
+class Outbox:
+    """A worker's end of the way to the user: what is written here the driver prints."""
+
+    def __init__(self, lines: Queue) -> None:
+        self.lines = lines
+
+    def write(self, text: str) -> None:
+        """Send the text; training goes on without waiting for it to be printed."""
+        self.lines.actor.put_nowait.remote(text)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def isatty(self) -> bool:
+        """A live line would not survive the way."""
+        return False
+
+
+class Printer:
+    """The driver's end: prints the workers' lines as they come, free of the prefixes of Ray's own log."""
+
+    def __init__(self) -> None:
+        self.lines = Queue(actor_options={"num_cpus": 0})
+        self.thread = threading.Thread(target=self._print, daemon=True)
+        self.thread.start()
+
+    def _print(self) -> None:
+        while (text := self.lines.get()) is not None:
+            print(text, end="", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Print what is left and stop."""
+        self.lines.put(None)
+        self.thread.join()
+        self.lines.shutdown()
 
 
 def run_on(device: str, function: Callable[..., Any], *arguments: Any) -> Any:

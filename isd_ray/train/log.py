@@ -32,7 +32,7 @@ class Log:
         self.first = worker.rank == 0
         if self.first:
             batch = config.train.batch_size
-            self.progress = Progress(config.train.epochs, steps, batch, start_step=step)
+            self.progress = Progress(config.train.epochs, steps, batch, start_step=step, out=worker.out)
             self.metrics = MetricsWriter(folder.uri, start_step=step)
 
     def waiting(self, batches: Iterable[T]) -> Iterator[T]:
@@ -88,8 +88,6 @@ class Log:
     ) -> None:
         """Show progress and write one line of metrics."""
         self.progress.step(step, loss, diagnostics, waited * seconds, lr=rate)
-        if step % self.steps == 0:
-            self.progress.epoch_end(step // self.steps - 1)
         images = self.count * self.config.train.batch_size / seconds
         speed = {"images_per_second": round(images, 1), "wait_share": round(waited, 4)}
         epoch = (step - 1) // self.steps
@@ -105,8 +103,10 @@ class Log:
         )
 
     def was_saved(self) -> None:
-        """Start the clock of the next checkpoint."""
+        """Make the metrics up to the checkpoint visible and start the clock of the next one."""
         self.saved = time.monotonic()
+        if self.first:
+            self.metrics.flush()
 
     def close(self) -> None:
         """Finish the progress line and the files."""

@@ -13,8 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, TextIO
 
 from pyarrow import ArrowInvalid, fs
 from rich.console import Console
@@ -31,12 +30,9 @@ Numbers = Mapping[str, float | Tensor]
 
 
 class Progress:
-    """Report a training loop: a live line on a terminal, else a plain line every `interval` seconds.
+    """Report a training loop: a live line on a terminal, else a plain line every `interval` seconds and at the end.
 
-    Both get one line at the end of each epoch. Loss and diagnostics may be tensors on any device: they are
-    read only when a report is due, so that the loop is not synchronised with the device at every step. `step`
-    and `epoch_end` return the reported numbers as a row for `MetricsWriter` (`step` returns None when no
-    report is due).
+    `step` may be called for every step or for every tenth: the figures hold for the time since the last line.
     """
 
     def __init__(
@@ -49,48 +45,31 @@ class Progress:
         interval: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.total_epochs, self.steps_per_epoch = total_epochs, steps_per_epoch
-        self.global_batch = global_batch
+        self.total_epochs, self.steps_per_epoch, self.global_batch = (
+            total_epochs,
+            steps_per_epoch,
+            global_batch,
+        )
+        self.total = total_epochs * steps_per_epoch
         self.out = out or sys.stderr
         self.interval, self.clock = interval, clock
-        self.start_step = self.last_step = self.window_step = start_step
-        self.started = self.window_start = self.shown = self.last_time = clock()
+        self.start_step = self.window_step = start_step
+        self.started = self.window_start = self.shown = clock()
         self.waited = 0.0
-        self._pending: tuple[float | Tensor, Numbers, float | None] = (float("nan"), {}, None)
-        self.latest: Row = {}
         self.live = self._start_live() if self.out.isatty() else None
 
     def step(
-        self,
-        step: int,
-        loss: float | Tensor,
-        diagnostics: Numbers,
-        waited_seconds: float,
-        lr: float | None = None,
-    ) -> Row | None:
-        """Note that step `step` is finished; `waited_seconds` of it were spent waiting for data."""
-        self.last_step = step
+        self, step: int, loss: float, diagnostics: Numbers, waited_seconds: float, lr: float | None = None
+    ) -> None:
+        """Note that step `step` is finished; since the last call `waited_seconds` were spent waiting for data."""
         self.waited += waited_seconds
-        now = self.last_time = self.clock()
-        due = now - self.window_start >= self.interval
-        if due or (self.live and now - self.shown >= LIVE_REFRESH):
-            row = self._row(loss, diagnostics, lr, now)
-            self._show(row, keep=due and not self.live)
-            self.shown = now
-            if due:
-                self._new_window(row, now)
-                return row
-        self._pending = (_detached(loss), {name: _detached(x) for name, x in diagnostics.items()}, lr)
-        return None
-
-    def epoch_end(self, epoch: int, metrics: Numbers | None = None) -> Row:
-        """Note that `epoch` (from 0) is finished, with what was measured at its end."""
         now = self.clock()
-        row = self._row(*self._pending, now) if self.last_step > self.window_step else dict(self.latest)
-        self._new_window(row, now)
-        row |= {"step": self.last_step, "epoch": epoch, "epoch_end": True, **_floats(metrics or {})}
-        self._show(row, keep=True, end=" (epoch done)")
-        return row
+        due = now - self.window_start >= self.interval or step == self.total
+        if due or (self.live and now - self.shown >= LIVE_REFRESH):
+            self._show(self._row(step, loss, diagnostics, lr, now), keep=due)
+            self.shown = now
+        if due:
+            self.window_start, self.window_step, self.waited = now, step, 0.0
 
     def close(self) -> None:
         """End the live line. Safe to call twice."""
@@ -98,40 +77,25 @@ class Progress:
             self.live.stop()
             self.live = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _row(self, loss: float | Tensor, diagnostics: Numbers, lr: float | None, now: float) -> Row:
-        seconds = max(self.last_time - self.window_start, 1e-9)  # what follows the last step is no training
-        steps = self.last_step - self.window_step
-        pace = (now - self.started) / max(self.last_step - self.start_step, 1)
-        total = self.total_epochs * self.steps_per_epoch
+    def _row(self, step: int, loss: float, diagnostics: Numbers, lr: float | None, now: float) -> Row:
+        seconds = max(now - self.window_start, 1e-9)
+        pace = (now - self.started) / max(step - self.start_step, 1)
         row: Row = {
-            "step": self.last_step,
-            "epoch": (self.last_step - 1) // self.steps_per_epoch,
-            "seconds": round(now - self.started, 3),
+            "step": step,
+            "epoch": (step - 1) // self.steps_per_epoch,
             "loss": float(loss),
-            "images_per_second": steps * self.global_batch / seconds,
+            "images_per_second": (step - self.window_step) * self.global_batch / seconds,
             "wait_share": min(self.waited / seconds, 1.0),
-            "eta_seconds": pace * max(total - self.last_step, 0),
+            "eta_seconds": pace * max(self.total - step, 0),
         }
-        return row | ({} if lr is None else {"lr": lr}) | _floats(diagnostics)
+        return row | ({} if lr is None else {"lr": lr}) | {name: float(x) for name, x in diagnostics.items()}
 
-    def _new_window(self, row: Row, now: float) -> None:
-        self.latest = dict(row)
-        self.window_start, self.window_step, self.waited = now, self.last_step, 0.0
-
-    def _show(self, row: Row, *, keep: bool, end: str = "") -> None:
-        line = describe(row, self.total_epochs, self.total_epochs * self.steps_per_epoch) + end
+    def _show(self, row: Row, *, keep: bool) -> None:
+        line = describe(row, self.total_epochs, self.total)
         if self.live and keep:
             self.live.console.print(Text(line))
         elif self.live:
-            self.live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
+            self.live.update(Text(line), refresh=True)
         else:
             print(line, file=self.out, flush=True)
 
@@ -141,17 +105,7 @@ class Progress:
         return live
 
 
-SHOWN_APART = (
-    "step",
-    "epoch",
-    "seconds",
-    "loss",
-    "lr",
-    "images_per_second",
-    "wait_share",
-    "eta_seconds",
-    "epoch_end",
-)
+SHOWN_APART = ("step", "epoch", "loss", "lr", "images_per_second", "wait_share", "eta_seconds")
 
 
 def describe(row: Row, total_epochs: int, total_steps: int) -> str:
@@ -267,17 +221,8 @@ def _summary_writer(folder: str, start_step: int) -> Any:
     return SummaryWriter(folder, purge_step=start_step + 1 if start_step else None)
 
 
-def _floats(numbers: Numbers) -> dict[str, float]:
-    return {name: float(value) for name, value in numbers.items()}
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | Tensor) and not isinstance(value, bool)
-
-
-def _detached(value: float | Tensor) -> float | Tensor:
-    """Without its graph, which would keep a step's activations alive until the next report."""
-    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _finite(value: Any) -> Any:

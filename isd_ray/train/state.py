@@ -1,7 +1,7 @@
 """What changes while training, and what a checkpoint therefore holds."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -16,11 +16,12 @@ from isd_ray.train.optim import build_optimizer
 
 @dataclass
 class Worker:
-    """This process among the workers, and the device that it computes on."""
+    """This process among the workers, the device that it computes on, and where its lines for the user go."""
 
     rank: int
     world: int
     device: torch.device
+    out: TextIO
 
 
 @dataclass
