@@ -1,7 +1,8 @@
-"""Photometric operations on whole batches, with a strength for every sample: what torchvision offers one by one.
+"""Colour operations on whole batches, with a strength for every sample: what torchvision offers one by one.
 
-All take float images [m, 3, H, W] in [0, 1] and parameters [m], and equal torchvision.transforms.v2.functional for
-the same parameters. `blend` weights and the hue formula are the usual ones (ITU-R 601 luma; HSV).
+All take float images [m, 3, H, W] in [0, 1] and parameters [m], and equal
+torchvision.transforms.v2.functional for the same parameters. `blend` weights and the hue formula are the
+usual ones (ITU-R 601 luma; HSV).
 """
 
 import torch
@@ -53,7 +54,7 @@ def hue(images: Tensor, shift: Tensor) -> Tensor:
         torch.where(high == green, (blue - red) / safe + 2, (red - green) / safe + 4),
     )
     sector.add_(6 * shift.view(-1, 1, 1))
-    # f(n) = v - chroma * clamp(min(k, 4 - k), 0, 1) with k = (n + sector) mod 6, n = 5, 3, 1 for red, green, blue
+    # channel n is high - chroma * clamp(min(k, 4 - k), 0, 1), k = (n + sector) mod 6; n = 5, 3, 1 for R, G, B
     out = torch.empty_like(images)
     for channel, n in enumerate((5, 3, 1)):
         k = torch.remainder(sector + n, 6)
@@ -68,7 +69,7 @@ def solarize(images: Tensor) -> Tensor:
 
 
 def blur_matrices(sigma: Tensor, size: int, radius: int) -> Tensor:
-    """Return Gaussian blur along one axis as matrices [m, size, size], mirrored at the border (no repeated edge)."""
+    """Return Gaussian blur along one axis as matrices [m, size, size], reflected at the border."""
     offset = torch.arange(-radius, radius + 1, device=sigma.device)
     kernel = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)
     kernel = kernel / kernel.sum(1, keepdim=True)  # [m, 2 radius + 1]
@@ -86,7 +87,7 @@ def blur(images: Tensor, sigma: Tensor, max_sigma: float) -> Tensor:
 
 
 def separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Apply a linear map to both axes: rows [m, S, H], images [m, C, H, W], columns [m, T, W] -> [m, C, S, T]."""
+    """Map both axes linearly: rows [m, S, H], images [m, C, H, W], columns [m, T, W] -> [m, C, S, T]."""
     m, channels, height, width = images.shape
     across = torch.bmm(images.reshape(m, channels * height, width), columns.transpose(1, 2))
     across = across.view(m, channels, height, -1)
