@@ -68,15 +68,16 @@ def crop(images: Tensor, view: View, u: np.ndarray, side: int) -> Tensor:
     b, _, height, width = images.shape
     boxes = v.crop_boxes(view, u, np.full(b, width), np.full(b, height))
     top, left, h, w = torch.from_numpy(boxes).to(images.device, torch.float32).unbind(1)
-    rows = resize_matrices(top, h, height, side, view.interpolation)
-    columns = resize_matrices(left, w, width, side, view.interpolation)
     mirrored = torch.from_numpy(v.flipped(view, u)).to(images.device)
-    columns = torch.where(mirrored[:, None, None], columns.flip(1), columns)
+    rows = resize_matrices(top, h, height, side, view.interpolation)
+    columns = resize_matrices(left, w, width, side, view.interpolation, mirrored)
     x = colour.separable(images, rows, columns)
     return x.clamp_(0, 1) if view.interpolation == "bicubic" else x
 
 
-def resize_matrices(start: Tensor, length: Tensor, full: int, side: int, interpolation: str) -> Tensor:
+def resize_matrices(
+    start: Tensor, length: Tensor, full: int, side: int, interpolation: str, mirrored: Tensor | None = None
+) -> Tensor:
     """Return crop and antialiased resize along one axis as matrices [b, side, full].
 
     Sample i keeps pixels start[i] .. start[i] + length[i] and resizes them to `side`, with the triangle
@@ -84,7 +85,10 @@ def resize_matrices(start: Tensor, length: Tensor, full: int, side: int, interpo
     antialias=True.
     """
     scale = (length / side)[:, None, None]
-    centre = (torch.arange(side, device=start.device) + 0.5)[:, None] * scale
+    place = torch.arange(side, device=start.device)[:, None] + 0.5
+    centre = scale * (
+        place if mirrored is None else torch.where(mirrored[:, None, None], side - place, place)
+    )
     pixel = torch.arange(full, device=start.device) - start[:, None, None]
     distance = (pixel + 0.5 - centre).div_(scale.clamp(min=1)).abs_()
     weight = _cubic(distance) if interpolation == "bicubic" else distance.neg_().add_(1).clamp_(min=0)

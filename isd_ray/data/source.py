@@ -1,5 +1,6 @@
 """Rows of the index as decoded blocks, in order, through Ray Data: the one place where the data room touches Ray."""
 
+import logging
 from collections.abc import Iterator
 from functools import cached_property, partial
 from typing import Any
@@ -18,7 +19,9 @@ Block = dict[str, np.ndarray]
 
 BLOCK_BYTES = 16 * 2**20  # decoded bytes in one block of the object store
 AHEAD = 2  # batches fetched before they are asked for
-TASK_CPUS = 0.25  # so that tasks still fit where the training workers have asked for nearly all CPUs
+TASK_CPUS = 0  # workers may hold every CPU, and tasks must run all the same: their number is bounded instead
+# Three lines of the executor a dataset are too many when every epoch is one.
+logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
 TASK_RETRIES = 2  # after the death of a process; Ray Data's own default is for ever, which looks like a hang
 
 

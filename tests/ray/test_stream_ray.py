@@ -120,6 +120,17 @@ def test_a_task_that_dies_ends_the_epoch_with_an_error(ray_session, monkeypatch,
         epoch(table)
 
 
+def test_tasks_run_where_the_workers_hold_every_cpu(ray_session, table):
+    class Worker:
+        def ready(self) -> bool:
+            return True
+
+    worker = ray_session.remote(num_cpus=ray_session.cluster_resources()["CPU"])(Worker).remote()
+    assert ray_session.get(worker.ready.remote())
+    assert len(epoch(table)) == 200 // 24
+    ray_session.kill(worker)
+
+
 def test_ordered_through_ray(ray_session, table):
     batches = list(ordered(table, size=16, batch=64))
     assert torch.cat([b.index for b in batches]).tolist() == list(range(200))
