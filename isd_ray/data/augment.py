@@ -1,7 +1,7 @@
 """Random views of whole batches on the training device, reproducible from (seed, epoch, position) alone.
 
-Per-sample randomness in a batch usually means a Python loop over images. Here a crop, its resize and its mirror are
-two batched matrix products, and each colour operation runs once on the samples that drew it.
+Per-sample randomness in a batch usually means a Python loop over images. Here a crop, its resize and its
+mirror are two batched matrix products, and each colour operation runs once on the samples that drew it.
 """
 
 from collections.abc import Sequence
@@ -34,10 +34,10 @@ def make_views(
 ) -> list[Tensor]:
     """Return one float32 Tensor [b, 3, S, S] a view, normalised: (x - mean) / std on values in [0, 1].
 
-    S is `size` (less for the small crops of multi-crop). Images that travel whole (batch.image [b, 1, 3, H, W]) are
-    cropped here; otherwise crop and mirror were made where they were read, one a view, and V must equal len(views).
-    Order: crop, jitter, grey, blur, solarise, mirror (mirroring commutes with all but the crop). Blur is left out of
-    views under `View.blur_from` pixels, as recipes for small images do.
+    S is `size` (less for the small crops of multi-crop). Images that travel whole (batch.image [b, 1, 3, H,
+    W]) are cropped here; otherwise crop and mirror were made where they were read, one a view, and V must
+    equal len(views). Order: crop, jitter, grey, blur, solarise, mirror (mirroring commutes with all but the
+    crop). Blur is left out of views under `View.blur_from` pixels, as recipes for small images do.
     """
     recipes = get_views(views)
     u = v.view_draws(batch.seed, batch.epoch, batch.position.numpy(), len(recipes))
@@ -68,22 +68,27 @@ def crop(images: Tensor, view: View, u: np.ndarray, side: int) -> Tensor:
     b, _, height, width = images.shape
     boxes = v.crop_boxes(view, u, np.full(b, width), np.full(b, height))
     top, left, h, w = torch.from_numpy(boxes).to(images.device, torch.float32).unbind(1)
-    rows = resize_matrices(top, h, height, side, view.interpolation)
-    columns = resize_matrices(left, w, width, side, view.interpolation)
     mirrored = torch.from_numpy(v.flipped(view, u)).to(images.device)
-    columns = torch.where(mirrored[:, None, None], columns.flip(1), columns)
+    rows = resize_matrices(top, h, height, side, view.interpolation)
+    columns = resize_matrices(left, w, width, side, view.interpolation, mirrored)
     x = colour.separable(images, rows, columns)
     return x.clamp_(0, 1) if view.interpolation == "bicubic" else x
 
 
-def resize_matrices(start: Tensor, length: Tensor, full: int, side: int, interpolation: str) -> Tensor:
+def resize_matrices(
+    start: Tensor, length: Tensor, full: int, side: int, interpolation: str, mirrored: Tensor | None = None
+) -> Tensor:
     """Return crop and antialiased resize along one axis as matrices [b, side, full].
 
-    Sample i keeps pixels start[i] .. start[i] + length[i] and resizes them to `side`, with the triangle filter or
-    the cubic one (a = -0.5) widened by the scale when it shrinks: Pillow's and torchvision's antialias=True.
+    Sample i keeps pixels start[i] .. start[i] + length[i] and resizes them to `side`, with the triangle
+    filter or the cubic one (a = -0.5) widened by the scale when it shrinks: Pillow's and torchvision's
+    antialias=True.
     """
     scale = (length / side)[:, None, None]
-    centre = (torch.arange(side, device=start.device) + 0.5)[:, None] * scale
+    place = torch.arange(side, device=start.device)[:, None] + 0.5
+    centre = scale * (
+        place if mirrored is None else torch.where(mirrored[:, None, None], side - place, place)
+    )
     pixel = torch.arange(full, device=start.device) - start[:, None, None]
     distance = (pixel + 0.5 - centre).div_(scale.clamp(min=1)).abs_()
     weight = _cubic(distance) if interpolation == "bicubic" else distance.neg_().add_(1).clamp_(min=0)
@@ -118,7 +123,7 @@ def _grey(x: Tensor, view: View, u: np.ndarray) -> None:
 
 
 def _jitter(x: Tensor, view: View, u: np.ndarray) -> None:
-    """Apply the four colour operations in a random order a sample: four passes, each operation on its samples."""
+    """Apply the colour operations in an order of each sample's own: four passes, each operation on its samples."""
     if view.jitter_p == 0:
         return
     chosen = u[:, v.JITTER] < view.jitter_p

@@ -1,7 +1,8 @@
-"""Photometric operations on whole batches, with a strength for every sample: what torchvision offers one by one.
+"""Colour operations on whole batches, with a strength for every sample: what torchvision offers one by one.
 
-All take float images [m, 3, H, W] in [0, 1] and parameters [m], and equal torchvision.transforms.v2.functional for
-the same parameters. `blend` weights and the hue formula are the usual ones (ITU-R 601 luma; HSV).
+All take float images [m, 3, H, W] in [0, 1] and parameters [m], and equal
+torchvision.transforms.v2.functional for the same parameters. `blend` weights and the hue formula are the
+usual ones (ITU-R 601 luma; HSV).
 """
 
 import torch
@@ -32,7 +33,7 @@ def brightness(images: Tensor, factor: Tensor) -> Tensor:
 
 def contrast(images: Tensor, factor: Tensor) -> Tensor:
     """Blend with the mean grey value of the image."""
-    mean = luma(images).mean(dim=(1, 2, 3), keepdim=True)
+    mean = luma(images).flatten(1).mean(1).view(-1, 1, 1, 1)
     return torch.lerp(mean, images, _per_sample(factor)).clamp_(0, 1)
 
 
@@ -43,23 +44,17 @@ def saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 def hue(images: Tensor, shift: Tensor) -> Tensor:
     """Turn the colour circle by `shift` of a full turn, in [-0.5, 0.5]."""
-    low, high = torch.aminmax(images, dim=1)
-    chroma = high - low
-    safe = torch.where(chroma == 0, torch.ones_like(chroma), chroma)
     red, green, blue = images.unbind(1)
-    sector = torch.where(
-        high == red,
-        (green - blue) / safe,
-        torch.where(high == green, (blue - red) / safe + 2, (red - green) / safe + 4),
-    )
+    high = torch.maximum(torch.maximum(red, green), blue)
+    chroma = high - torch.minimum(torch.minimum(red, green), blue)
+    is_red, is_green = high == red, high == green
+    slope = torch.where(is_red, green - blue, torch.where(is_green, blue - red, red - green))
+    sector = slope.div_(chroma.clamp(min=1e-8))  # grey pixels: 0 / 1e-8
+    sector.add_(torch.where(is_red, 0.0, torch.where(is_green, 2.0, 4.0)))
     sector.add_(6 * shift.view(-1, 1, 1))
-    # f(n) = v - chroma * clamp(min(k, 4 - k), 0, 1) with k = (n + sector) mod 6, n = 5, 3, 1 for red, green, blue
-    out = torch.empty_like(images)
-    for channel, n in enumerate((5, 3, 1)):
-        k = torch.remainder(sector + n, 6)
-        part = torch.minimum(k, 4 - k).clamp_(0, 1)
-        torch.addcmul(high, chroma, part, value=-1, out=out[:, channel])
-    return out
+    sector.sub_((sector / 6).floor_(), alpha=6)  # in [0, 6]: red 0, green 2, blue 4
+    distance = ((sector - 3).abs_().neg_().add_(2), (sector - 2).abs_().sub_(1), (sector - 4).abs_().sub_(1))
+    return torch.stack([high - chroma * d.clamp_(0, 1) for d in distance], dim=1)
 
 
 def solarize(images: Tensor) -> Tensor:
@@ -68,7 +63,7 @@ def solarize(images: Tensor) -> Tensor:
 
 
 def blur_matrices(sigma: Tensor, size: int, radius: int) -> Tensor:
-    """Return Gaussian blur along one axis as matrices [m, size, size], mirrored at the border (no repeated edge)."""
+    """Return Gaussian blur along one axis as matrices [m, size, size], reflected at the border."""
     offset = torch.arange(-radius, radius + 1, device=sigma.device)
     kernel = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)
     kernel = kernel / kernel.sum(1, keepdim=True)  # [m, 2 radius + 1]
@@ -86,7 +81,7 @@ def blur(images: Tensor, sigma: Tensor, max_sigma: float) -> Tensor:
 
 
 def separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Apply a linear map to both axes: rows [m, S, H], images [m, C, H, W], columns [m, T, W] -> [m, C, S, T]."""
+    """Map both axes linearly: rows [m, S, H], images [m, C, H, W], columns [m, T, W] -> [m, C, S, T]."""
     m, channels, height, width = images.shape
     across = torch.bmm(images.reshape(m, channels * height, width), columns.transpose(1, 2))
     across = across.view(m, channels, height, -1)

@@ -1,10 +1,10 @@
-"""From the bytes of one file to RGB pixels, whatever the bytes are: a broken or hostile file is an error, not a crash.
+"""From the bytes of a file to RGB pixels, whatever the bytes are: a hostile file is an error, not a crash.
 
-Pillow decodes, in a closed list of raster formats (so that no file can start an interpreter, as EPS does), and its
-`convert("RGB")` after the EXIF orientation defines what grey, palette, alpha, CMYK and 16-bit images mean.
-torchvision.io gives the same pixels and was 1.5 to 2 times as fast (one thread: CIFAR-10 WebP 32 px 7,400 against
-11,400 images/s; Imagenette JPEG 224 px 2,000 against 3,700), but it takes memory for whatever size a header claims,
-knows fewer modes, and makes every reading process import torch (seconds and 250 MB).
+Pillow decodes, in a closed list of raster formats (so that no file can start an interpreter, as EPS does),
+and its `convert("RGB")` after the EXIF orientation defines what grey, palette, alpha, CMYK and 16-bit images
+mean. torchvision.io gives the same pixels and was 1.5 to 2 times as fast (one thread: CIFAR-10 WebP 32 px
+7,400 against 11,400 images/s; Imagenette JPEG 224 px 2,000 against 3,700), but it takes memory for whatever
+size a header claims, knows fewer modes, and makes every reading process import torch (seconds and 250 MB).
 """
 
 import io
@@ -23,8 +23,8 @@ class BrokenImage(ValueError):
 def decode(data: bytes) -> Image.Image:
     """Decode one image file to an upright RGB image.
 
-    Raises BrokenImage with the reason when the bytes are no image of a known format, are cut short, or claim more
-    than MAX_PIXELS pixels.
+    Raises BrokenImage with the reason when the bytes are no image of a known format, are cut short, or claim
+    more than MAX_PIXELS pixels.
     """
     if not data:
         raise BrokenImage("the file is empty")

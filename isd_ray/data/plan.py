@@ -1,7 +1,8 @@
-"""Who comes in which batch: the epoch as a pure function, so that order needs no state, no shuffle buffer and no luck.
+"""Who comes in which batch: the epoch as a pure function, so that order needs no state and no shuffle buffer.
 
-Four integers (seed, epoch, step, global batch) fix every batch. The number of workers, the cache and the machine do
-not enter: ranks take columns of the same plan, and a run resumes at any step by looking at that row of it.
+Four integers (seed, epoch, step, global batch) fix every batch. The number of workers, the cache and the
+machine do not enter: ranks take columns of the same plan, and a run resumes at any step by looking at that
+row of it.
 """
 
 import numpy as np
@@ -18,11 +19,12 @@ WINDOW_BYTES = 512 * 2**20  # encoded images that one window of `chunk` global b
 def plan(shards: np.ndarray, seed: int, epoch: int, global_batch: int, chunk: int = 1) -> np.ndarray:
     """Return the rows of every global batch of an epoch: int64 [steps, global_batch].
 
-    `shards` [N] is the shard of every row, in index order (numbers or codes; only changes matter). Runs of up to
-    `chunk` neighbouring rows of one shard are permuted over the set and laid end to end; the stream is cut into
-    `global_batch` columns, and each column is permuted within windows of `chunk` steps. So a batch mixes far-apart
-    places, and a column reads whole runs in sequence. `chunk=1` is a uniform random permutation.
-    Each row comes at most once; the last N mod global_batch rows of the stream are left out, other ones each epoch.
+    `shards` [N] is the shard of every row, in index order (numbers or codes; only changes matter). Runs of up
+    to `chunk` neighbouring rows of one shard are permuted over the set and laid end to end; the stream is cut
+    into `global_batch` columns, and each column is permuted within windows of `chunk` steps. So a batch mixes
+    far-apart places, and a column reads whole runs in sequence. `chunk=1` is a uniform random permutation.
+    Each row comes at most once; the last N mod global_batch rows of the stream are left out, other ones each
+    epoch.
 
     Raises UserError when there are fewer rows than one global batch.
     """
@@ -53,13 +55,13 @@ def _stream(shards: np.ndarray, chunk: int, rng: np.random.Generator) -> np.ndar
 
 
 def _mix_windows(columns: np.ndarray, window: int, rng: np.random.Generator) -> np.ndarray:
-    """Permute every column within windows of `window` steps: neighbours in a shard need not follow each other."""
+    """Permute every column within windows of steps: neighbours in a shard need not follow each other."""
     key = rng.random(columns.shape) + (np.arange(len(columns)) // window)[:, None]
     return np.take_along_axis(columns, np.argsort(key, axis=0), axis=0)
 
 
 def rank_columns(global_batch: int, rank: int, world: int) -> slice:
-    """Return the columns of the plan that `rank` of `world` takes: even, the first ranks one more (np.array_split)."""
+    """Return the columns of the plan that `rank` of `world` takes, split as np.array_split does."""
     even, extra = divmod(global_batch, world)
     start = rank * even + min(rank, extra)
     return slice(start, start + even + (rank < extra))
@@ -92,9 +94,9 @@ def fits_memory(table: pa.Table, limit: int = MEMORY_LIMIT) -> bool:
 def chunk_for(table: pa.Table, global_batch: int) -> int:
     """Choose `chunk` for a table: 1 when it fits in memory, else reads of about 1 MiB.
 
-    Bounded so that a column has at least 8 chunks (mixing) and that `chunk` global batches of encoded images stay
-    under 512 MiB (a task holds its part of them). It looks at the table and the global batch only: the plan is the
-    same on every machine.
+    Bounded so that a column has at least 8 chunks (mixing) and that `chunk` global batches of encoded images
+    stay under 512 MiB (a task holds its part of them). It looks at the table and the global batch only: the
+    plan is the same on every machine.
     """
     if fits_memory(table):
         return 1

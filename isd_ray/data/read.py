@@ -1,7 +1,8 @@
 """From rows of the index to pixels in one pass: open shards, read ranges, decode, crop. Ray tasks run this.
 
-It needs no torch (which would cost every reading process seconds to import), and every row gives an output row: a
-broken image is a row of zeros with a reason, so that batches keep their places and nothing is lost in silence.
+It needs no torch (which would cost every reading process seconds to import), and every row gives an output
+row: a broken image is a row of zeros with a reason, so that batches keep their places and nothing is lost in
+silence.
 """
 
 from collections.abc import Iterator
@@ -29,8 +30,8 @@ FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BI
 class Shape:
     """What a row looks like on the wire: uint8 [V, 3, size, size].
 
-    size: (height, width); views: crops to make, one a view, with draws from (seed, epoch, position). None: the image
-    as it is, which must have this size, or with `center` its centre view (height = width).
+    size: (height, width); views: crops to make, one a view, with draws from (seed, epoch, position). None:
+    the image as it is, which must have this size, or with `center` its centre view (height = width).
     """
 
     size: tuple[int, int]
@@ -55,8 +56,8 @@ def read_rows(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Read rows of the index at once, then yield them decoded and shaped, `batch` at a time.
 
-    A block is {image uint8 [b, V, 3, S, S], row [b], position [b], reason [b]}; `reason` is "" for a good image, a
-    broken one is all zero and says why.
+    A block is {image uint8 [b, V, 3, S, S], row [b], position [b], reason [b]}; `reason` is "" for a good
+    image, a broken one is all zero and says why.
     """
     data = read_bytes(filesystem, folder, table.take(pa.array(rows)))
     for start in range(0, len(rows), batch):

@@ -1,5 +1,6 @@
 """Rows of the index as decoded blocks, in order, through Ray Data: the one place where the data room touches Ray."""
 
+import logging
 from collections.abc import Iterator
 from functools import cached_property, partial
 from typing import Any
@@ -10,6 +11,7 @@ import ray
 from pyarrow import fs
 
 from isd_ray.data import index as index_table
+from isd_ray.data.files import open_filesystem
 from isd_ray.data.read import Shape, read_rows
 from isd_ray.errors import UserError
 
@@ -17,16 +19,18 @@ Block = dict[str, np.ndarray]
 
 BLOCK_BYTES = 16 * 2**20  # decoded bytes in one block of the object store
 AHEAD = 2  # batches fetched before they are asked for
-TASK_CPUS = 0.25  # so that tasks still fit where the training workers have asked for nearly all CPUs
+TASK_CPUS = 0  # workers may hold every CPU, and tasks must run all the same: their number is bounded instead
+# Three lines of the executor a dataset are too many when every epoch is one.
+logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
 TASK_RETRIES = 2  # after the death of a process; Ray Data's own default is for ever, which looks like a hang
 
 
 class Source:
-    """Reads rows of one index table: through Ray Data where Ray runs, else with the same operator in this process."""
+    """Reads rows of one index: through Ray Data where Ray runs, else with the same operator in this process."""
 
     def __init__(self, table: pa.Table):
         self.table = table
-        self.filesystem, self.folder = fs.FileSystem.from_uri(index_table.root(table))
+        self.filesystem, self.folder = open_filesystem(index_table.root(table))
 
     @cached_property
     def _table_ref(self) -> ray.ObjectRef:
@@ -47,8 +51,8 @@ class Source:
     ) -> Iterator[Block]:
         """Yield the blocks of `read_rows` in order, `batch` rows each (the last one may be short).
 
-        ranges: parts [start, stop) of `rows` that follow each other, one a task, multiples of `batch` but the last.
-        world: ranks that read at the same time and share the cluster's CPUs.
+        ranges: parts [start, stop) of `rows` that follow each other, one a task, multiples of `batch` but the
+        last. world: ranks that read at the same time and share the cluster's CPUs.
         """
         if not ranges:
             return
@@ -70,6 +74,7 @@ def _dataset(work: Any, refs: dict[str, Any], ranges: list[tuple[int, int]], wor
     context.enable_progress_bars = False
     context.target_max_block_size = BLOCK_BYTES
     tasks = max(1, int(ray.cluster_resources().get("CPU", 1)) // world)
+    tasks = min(tasks, len(ranges))
     with ray.data.DataContext.current(context):
         items = [{"start": start, "stop": stop} for start, stop in ranges]
         dataset = ray.data.from_items(items, override_num_blocks=len(items))
@@ -103,7 +108,7 @@ class BadImages:
         self._rows: set[int] = set()
 
     def note(self, block: Block) -> np.ndarray:
-        """List the broken images of a block and say which are good, bool [b]. Raises UserError past the limit."""
+        """List the broken images of a block; return which are good, bool [b]. Raises UserError past the limit."""
         good = block["reason"].astype(str) == ""
         for row, reason in zip(block["row"][~good].tolist(), block["reason"][~good], strict=True):
             if row not in self._rows:

@@ -1,13 +1,14 @@
-"""Batches of images for one rank, in the order of the plan: nothing is lost, repeated or reordered by the machinery.
+"""Batches of images for one rank, in the order of the plan: nothing is lost, repeated or reordered on the way.
 
-The plan decides, Ray Data carries out: each rank runs its own dataset over its columns of the plan, in which one fused
-operator opens the shards, reads ranges, decodes and crops, with preserve_order. Small sets of one image size are
-decoded once and kept in memory; a step is then one gather.
+The plan decides, Ray Data carries out: each rank runs its own dataset over its columns of the plan, in which
+one fused operator opens the shards, reads ranges, decodes and crops, with preserve_order. Small sets of one
+image size are decoded once and kept in memory; a step is then one gather.
 """
 
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -30,9 +31,9 @@ CACHES = ("auto", "memory", "none")
 class Batch:
     """A rank's part of one global batch.
 
-    image: uint8 [b, V, 3, H, W]: the whole image (V = 1), or, where `cropped`, one crop a view; index: int64 [b],
-    rows of the index table; label: int64 [b], -1 for none; position: int64 [b], place in the epoch, the key of all
-    random draws together with `epoch` and `seed`.
+    image: uint8 [b, V, 3, H, W]: the whole image (V = 1), or, where `cropped`, one crop a view; index: int64
+    [b], rows of the index table; label: int64 [b], -1 for none; position: int64 [b], place in the epoch, the
+    key of all random draws together with `epoch` and `seed`.
     """
 
     image: Tensor
@@ -47,18 +48,18 @@ class Batch:
 class Stream:
     """The batches of one rank.
 
-    table: the index; size: side of a view in pixels; views: names or View values; rank, world: this rank's place.
-    cache: "memory" keeps the decoded set in this process (every rank holds all of it, since the plan mixes the whole
-    set); "none" reads the shards every epoch; "auto" takes memory for a set of one image size that needs at most
-    2 GiB and a fifth of the machine's memory. max_bad: share of the set that may be broken; a rank counts the broken
-    images that it has met, each once, in `bad`.
+    table: the index; size: side of a view in pixels; views: names or View values; rank, world: this rank's
+    place. cache: "memory" keeps the decoded set in this process (every rank holds all of it, since the plan
+    mixes the whole set); "none" reads the shards every epoch; "auto" takes memory for a set of one image size
+    that needs at most 2 GiB and a fifth of the machine's memory. max_bad: share of the set that may be
+    broken; a rank counts the broken images that it has met, each once, in `bad`.
 
-    With cache="none" memory is bounded by two batches ahead here, and for each of the rank's concurrent tasks (its
-    share of the cluster's CPUs) the encoded images of one range and two blocks of 16 MiB in the object store.
-    The batches depend on (table, seed, global_batch) only, not on cache, world or the machine.
+    With cache="none" memory is bounded by two batches ahead here, and for each of the rank's concurrent tasks
+    (its share of the cluster's CPUs) the encoded images of one range and two blocks of 16 MiB in the object
+    store. The batches depend on (table, seed, global_batch) only, not on cache, world or the machine.
 
-    Raises UserError for an unknown view or cache, for a cache that cannot hold the set, and for a set smaller than
-    one global batch.
+    Raises UserError for an unknown view or cache, for a cache that cannot hold the set, and for a set smaller
+    than one global batch.
     """
 
     def __init__(
@@ -148,7 +149,7 @@ class Stream:
             images = torch.empty(self.table.num_rows, 3, height, width, dtype=torch.uint8)
             is_good = np.zeros(self.table.num_rows, dtype=bool)
             for block in _in_order(self._source, Shape((height, width)), TASK_IMAGES, self.world):
-                images[torch.from_numpy(block["row"])] = torch.from_numpy(block["image"][:, 0])
+                images.numpy()[block["row"]] = block["image"][:, 0]
                 is_good[block["row"]] = self._bad.note(block)
             self._memory = images, is_good
         return self._memory
@@ -185,10 +186,10 @@ def _in_order(source: Source, shape: Shape, batch: int, world: int = 1) -> Itera
 
 
 def _windows(start: int, steps: int, chunk: int, local: int) -> list[tuple[int, int]]:
-    """Cut steps start .. steps into ranges for tasks, at multiples of a whole number of the plan's windows."""
+    """Cut steps start .. steps into ranges for tasks, at multiples of the plan's windows."""
     window = chunk * max(1, TASK_IMAGES // (chunk * local))
     edges = [start, *range((start // window + 1) * window, steps, window), steps]
-    return [(a, b) for a, b in zip(edges, edges[1:], strict=False) if a < b]
+    return [(a, b) for a, b in pairwise(edges) if a < b]
 
 
 def _choose_cache(table: pa.Table, cache: str) -> str:

@@ -1,7 +1,7 @@
-"""What a view is: named recipes of the papers, and the random numbers and crop boxes that every process agrees on.
+"""What a view is: named recipes of the papers, and the random numbers that every process agrees on.
 
-This module needs numpy only, because the processes that read images crop there when images differ in size, and must
-draw the very same boxes as the training device would.
+This module needs numpy only, because the processes that read images crop there when images differ in size,
+and must draw the very same boxes as the training device would.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from isd_ray.errors import UserError, nearest
 TRIES = 10  # of torchvision's RandomResizedCrop before it falls back to a centre crop
 RATIO = (3 / 4, 4 / 3)
 
-# Columns of the uniform numbers of one view. A view reads all of them, used or not: recipes do not shift each other.
+# Columns of the uniform numbers of one view. Used or not, all are there: recipes do not shift each other.
 AREA, ASPECT, TOP, LEFT, FLIP = slice(0, 10), slice(10, 20), 20, 21, 22
 JITTER, FACTORS, ORDER, GREY, BLUR, SIGMA, SOLARIZE = 23, slice(24, 28), slice(28, 32), 32, 33, 34, 35
 NUMBERS = 36
@@ -24,10 +24,10 @@ NUMBERS = 36
 class View:
     """One recipe: random resized crop, then each part with its probability (`*_p`), flip, normalisation.
 
-    scale: crop area as a share of the image; jitter: largest change of (brightness, contrast, saturation, hue),
-    in random order; sigma: range of the Gaussian blur in pixels of the view; blur_from: smallest view side, in
-    pixels, that is blurred at all (recipes for small images leave blur out; 0 blurs every size); side: side of the
-    view as a share of the training size.
+    scale: crop area as a share of the image; jitter: largest change of (brightness, contrast, saturation,
+    hue), in random order; sigma: range of the Gaussian blur in pixels of the view; blur_from: smallest view
+    side, in pixels, that is blurred at all (recipes for small images leave blur out; 0 blurs every size);
+    side: side of the view as a share of the training size.
     """
 
     scale: tuple[float, float] = (0.2, 1.0)
@@ -82,9 +82,9 @@ def get_views(views: Sequence[str | View]) -> list[View]:
 def draws(seed: int, epoch: int, position: np.ndarray, n: int) -> np.ndarray:
     """Return uniform numbers in [0, 1), float64 [b, n], as a pure function of its arguments.
 
-    `position` int64 [b] is the place of a sample in the epoch. A counter-based generator: the four arguments are
-    hashed one after the other with SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), so any number can be had
-    without the ones before it, on any worker.
+    `position` int64 [b] is the place of a sample in the epoch. A counter-based generator: the four arguments
+    are hashed one after the other with SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), so any number can be
+    had without the ones before it, on any worker.
     """
     with np.errstate(over="ignore"):
         stream = _mix(_mix(np.array([seed], dtype=np.uint64)) ^ np.uint64(epoch))
@@ -113,8 +113,8 @@ def view_draws(seed: int, epoch: int, position: np.ndarray, n_views: int) -> np.
 def crop_boxes(view: View, u: np.ndarray, width: np.ndarray, height: np.ndarray) -> np.ndarray:
     """Return the random resized crops (top, left, height, width), int64 [b, 4], for draws u [b, NUMBERS].
 
-    The same law as torchvision.transforms.RandomResizedCrop: the first of ten tries that fits, else the largest
-    centre crop of an allowed aspect ratio.
+    The same law as torchvision.transforms.RandomResizedCrop: the first of ten tries that fits, else the
+    largest centre crop of an allowed aspect ratio.
     """
     area = (width * height)[:, None] * (view.scale[0] + u[:, AREA] * (view.scale[1] - view.scale[0]))
     low, high = np.log(RATIO)
@@ -139,8 +139,8 @@ def flipped(view: View, u: np.ndarray) -> np.ndarray:
 def center_geometry(width: int, height: int, size: int) -> tuple[int, int, int, int]:
     """Return (resized width, resized height, left, top) of the evaluation view of `size` pixels.
 
-    The shorter side becomes 256/224 of `size` before the centre crop (as ISD evaluates on ImageNet), and `size`
-    itself for views of at most 64 pixels, whose images have no border to spare.
+    The shorter side becomes 256/224 of `size` before the centre crop (as ISD evaluates on ImageNet), and
+    `size` itself for views of at most 64 pixels, whose images have no border to spare.
     """
     short = size if size <= 64 else round(size * 256 / 224)
     if width <= height:

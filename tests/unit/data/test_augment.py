@@ -75,7 +75,7 @@ def test_crop_equals_resized_crop(images, mode, height, width, side):
 
 
 def test_crop_boxes_follow_torchvision_in_law():
-    """Mean and spread of area share and position over 5,000 boxes each, against RandomResizedCrop.get_params."""
+    """Mean and spread of place and size over 5,000 boxes each, against RandomResizedCrop.get_params."""
     from torchvision.transforms import RandomResizedCrop
 
     n, width, height = 5_000, 60, 40

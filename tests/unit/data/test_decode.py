@@ -91,6 +91,7 @@ def test_damaged_files_are_an_image_or_a_broken_image(name, data):
     for _ in range(data.draw(st.integers(1, 8))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
     try:
-        assert decode(bytes(damaged)).mode == "RGB"
-    except BrokenImage as error:
-        assert str(error)
+        image = decode(bytes(damaged))
+    except BrokenImage:  # any other error, or a crash, fails the test
+        return
+    assert image.mode == "RGB"

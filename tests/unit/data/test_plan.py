@@ -54,7 +54,7 @@ def test_pure_and_different_every_epoch_and_seed(case):
 @given(st.integers(2, 10), st.integers(1, 8), st.integers(1, 6), st.integers(1, 12), st.integers(0, 99))
 @settings(max_examples=60, deadline=None)
 def test_a_column_reads_whole_chunks(chunk, batch, per_column, shards, seed):
-    """With shards of whole chunks, the rows of a window are those of one chunk: one read of `chunk` images."""
+    """With shards of whole chunks, a window holds the rows of one chunk: one read of `chunk` images."""
     n = batch * per_column
     shard_of_row = np.repeat(np.sort(np.random.default_rng(seed).integers(0, shards, n)), chunk)
     rows = plan(shard_of_row, seed, 0, batch, chunk)
@@ -74,14 +74,14 @@ def test_chunks_do_not_cross_shards():
 
 
 def test_chunk_one_is_uniform():
-    """Chi-squared of where row 0 lands, over 2,000 epochs, 20 places: under 50 but with odds of 1 in 10,000."""
+    """Chi-squared of where row 0 lands, over 2,000 epochs, 20 places: over 50 once in 10,000."""
     places = [int(np.flatnonzero(plan(np.zeros(20), 3, e, 4).ravel() == 0)[0]) for e in range(2000)]
     counts = np.bincount(places, minlength=20)
     assert ((counts - 100) ** 2 / 100).sum() < 50
 
 
 def test_a_batch_larger_than_the_data_is_refused():
-    with pytest.raises(UserError, match="10 images.*batch of 16"):
+    with pytest.raises(UserError, match=r"10 images.*batch of 16"):
         plan(np.zeros(10), 0, 0, 16)
 
 

@@ -1,4 +1,4 @@
-"""The stream without Ray (the same operator in this process): order, ranks, resume, caches and broken input."""
+"""The stream without Ray (the same operator in this process): order, ranks, resume, caches, broken input."""
 
 import io
 import json
@@ -11,11 +11,18 @@ import pytest
 import torch
 from PIL import Image
 
+from isd_ray.data import source
 from isd_ray.data import stream as module
 from isd_ray.data.augment import center_view, make_views
 from isd_ray.data.plan import plan, shard_codes
 from isd_ray.data.stream import Stream, ordered
 from isd_ray.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch):
+    """Keep these tests in this process, also where another test has started Ray."""
+    monkeypatch.setattr(source.ray, "is_initialized", lambda: False)
 
 
 def picture(i: int, size: tuple[int, int]) -> Image.Image:
@@ -41,8 +48,9 @@ def make_set(folder, n=60, per_shard=13, size=lambda i: (16, 16)) -> pa.Table:
 
 
 def index_table(folder, rows) -> pa.Table:
-    kinds = {"shard": pa.string(), "key": pa.string(), "offset": pa.int64(), "size": pa.int64(), "label": pa.int32(),
-             "width": pa.int32(), "height": pa.int32()}  # fmt: skip
+    names = ("shard", "key", "offset", "size", "label", "width", "height")
+    types = (pa.string(), pa.string(), pa.int64(), pa.int64(), pa.int32(), pa.int32(), pa.int32())
+    kinds = dict(zip(names, types, strict=True))
     columns = zip(*rows, strict=True)
     arrays = [pa.array(column, kind) for column, kind in zip(columns, kinds.values(), strict=True)]
     metadata = {"isd_ray": json.dumps({"format": 1, "root": str(folder), "classes": ["a", "b", "c"]})}
@@ -120,7 +128,7 @@ def test_chunks_do_not_change_what_ranks_and_windows_read(mixed, monkeypatch):
 
 
 def test_images_of_many_sizes_are_cropped_where_they_are_read(mixed):
-    """The crops equal those that the training device makes of the same images, but for the rounding to 8 bits."""
+    """The crops equal those that the training device makes of these images, but for rounding to 8 bits."""
     batch = next(stream(mixed).epoch(0))
     assert batch.image.shape == (16, 2, 3, 16, 16)
     assert batch.cropped
