@@ -61,7 +61,10 @@ class ModelConfig(Section):
     """The backbone."""
 
     backbone: str = Field("resnet18", description="resnet8/14/20/32 (small), resnet18/34/50, or timm:NAME")
-    stem: Literal["auto", "cifar", "imagenet"] = Field("auto", description="First layers of resnet18/34/50")
+    stem: Literal["auto", "cifar", "imagenet", "stride2"] = Field(
+        "auto",
+        description="First layers: cifar or imagenet (resnet18/34/50), cifar or stride2 (resnet8/14/20/32)",
+    )
 
 
 class MethodConfig(Section):
@@ -218,8 +221,8 @@ def resolve(*layers: Layer) -> Config:
 
     given = merge(*layers)
     _refuse_unknown_keys(given)
-    chosen = validate(_only_names(given))
-    definition = load_definition(chosen.data.dataset)
+    definition = load_definition(validate(_only(given, "data.dataset")).data.dataset)
+    chosen = validate(_only(merge(definition.defaults, given), "method.name"))
     images = {f"data.{name}": getattr(definition, name) for name in ("image_size", "mean", "std")}
     per_method = definition.methods.get(chosen.method.name, {})
     method = find_method(chosen.method.name).defaults
@@ -286,10 +289,10 @@ def _unfold(layer: Layer) -> dict[str, Any]:
     return unfolded
 
 
-def _only_names(given: Layer) -> dict[str, Any]:
-    """Keep the two options that choose the layers of defaults."""
+def _only(given: Layer, name: str) -> dict[str, Any]:
+    """Keep one option, which chooses a layer of defaults."""
     flat = flatten(given)
-    return _unfold({name: flat[name] for name in ("data.dataset", "method.name") if name in flat})
+    return _unfold({name: flat[name]}) if name in flat else {}
 
 
 def _refuse_unknown_keys(given: Layer) -> None:

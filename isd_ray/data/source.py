@@ -1,6 +1,7 @@
 """Rows of the index as decoded blocks, in order, through Ray Data: the one place where the data room touches Ray."""
 
 import logging
+import warnings
 from collections.abc import Iterator
 from functools import cached_property, partial
 from typing import Any
@@ -78,13 +79,15 @@ def _dataset(work: Any, refs: dict[str, Any], ranges: list[tuple[int, int]], wor
     with ray.data.DataContext.current(context):
         items = [{"start": start, "stop": stop} for start, stop in ranges]
         dataset = ray.data.from_items(items, override_num_blocks=len(items))
-        return dataset.map_batches(
-            partial(_fetch_and_read, work=work, refs=refs),
-            batch_size=1,
-            num_cpus=TASK_CPUS,
-            concurrency=tasks,
-            max_retries=TASK_RETRIES,
-        )
+        with warnings.catch_warnings():  # Ray 2.60 calls max_retries deprecated and has no other name for it
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return dataset.map_batches(
+                partial(_fetch_and_read, work=work, refs=refs),
+                batch_size=1,
+                num_cpus=TASK_CPUS,
+                compute=ray.data.TaskPoolStrategy(size=tasks),
+                max_retries=TASK_RETRIES,
+            )
 
 
 def _fetch_and_read(item: Block, work: Any, refs: dict[str, Any]) -> Iterator[Block]:

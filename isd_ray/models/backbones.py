@@ -20,7 +20,7 @@ TORCHVISION_RESNETS: dict[str, Callable[..., nn.Module]] = {
     "resnet34": torchvision.models.resnet34,
     "resnet50": torchvision.models.resnet50,
 }
-STEMS = ("auto", "imagenet", "cifar")
+STEMS = ("auto", "imagenet", "cifar", "stride2")
 CIFAR_STEM_UP_TO = 64  # pixels: above this, a stem that keeps the resolution costs more than it brings
 
 
@@ -30,8 +30,8 @@ def build_backbone(name: str, stem: str = "auto", image_size: int = 32) -> nn.Mo
     name: resnet8, resnet14, resnet20, resnet32 (He et al. 2016, section 4.2), resnet18, resnet34, resnet50
         (torchvision), or any timm model as "timm:NAME".
     stem: of torchvision's resnets. "imagenet" is 7x7 stride 2 and a max-pool; "cifar" is 3x3 stride 1,
-    padding 1, no max-pool; "auto" takes "cifar" up to 64 pixels. The small resnets have a CIFAR stem, timm
-    its own.
+    padding 1, no max-pool; "auto" takes "cifar" up to 64 pixels. The small resnets have a CIFAR stem, or with
+    "stride2" one that halves the resolution and costs a quarter. timm has its own.
     image_size: side in pixels; passed on to the timm models that are built for one size.
 
     Raises UserError for an unknown name or stem, a stem that the network does not have, or an image size that
@@ -40,10 +40,15 @@ def build_backbone(name: str, stem: str = "auto", image_size: int = 32) -> nn.Mo
     if stem not in STEMS:
         raise UserError(f"unknown stem '{stem}': choose one of {', '.join(STEMS)}.{nearest(stem, STEMS)}")
     if name in SMALL_RESNETS:
-        _refuse_stem(name, stem, allowed=("auto", "cifar"))
-        return _describe(SmallResNet(SMALL_RESNETS[name]), name, "cifar", image_size, dim=64)
+        _refuse_stem(name, stem, allowed=("auto", "cifar", "stride2"))
+        resolved = "cifar" if stem == "auto" else stem
+        network = SmallResNet(SMALL_RESNETS[name], stride=2 if stem == "stride2" else 1)
+        return _describe(network, name, resolved, image_size, dim=64)
     if name in TORCHVISION_RESNETS:
-        resolved = ("cifar" if image_size <= CIFAR_STEM_UP_TO else "imagenet") if stem == "auto" else stem
+        _refuse_stem(name, stem, allowed=("auto", "cifar", "imagenet"))
+        resolved = stem
+        if stem == "auto":
+            resolved = "cifar" if image_size <= CIFAR_STEM_UP_TO else "imagenet"
         return _torchvision_resnet(name, resolved, image_size)
     if name.startswith("timm:"):
         _refuse_stem(name, stem, allowed=("auto",))
@@ -65,9 +70,9 @@ class SmallResNet(nn.Module):
     channels, so they have no weights. Convolutions start He-normal.
     """
 
-    def __init__(self, blocks: int) -> None:
+    def __init__(self, blocks: int, stride: int = 1) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(3, 16, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.layer1 = _stage(16, 16, blocks, stride=1)
         self.layer2 = _stage(16, 32, blocks, stride=2)

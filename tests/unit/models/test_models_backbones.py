@@ -47,6 +47,14 @@ def test_shortcut_subsamples_and_pads_with_zeros():
     assert y[:, 24:].abs().max() == 0
 
 
+def test_stride2_stem_halves_the_resolution():
+    maps = []
+    net = build_backbone("resnet8", stem="stride2").eval()
+    net.layer1.register_forward_hook(lambda _, __, out: maps.append(out.shape))
+    assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 64)
+    assert maps == [(2, 16, 16, 16)]
+
+
 def test_stem_follows_the_image_size():
     assert build_backbone("resnet18", image_size=64).conv1.stride == (1, 1)
     assert isinstance(build_backbone("resnet18", image_size=64).maxpool, nn.Identity)
@@ -88,6 +96,7 @@ def test_probing_leaves_the_running_statistics_alone():
         ({"name": "timm:resnet10tt"}, "Did you mean 'timm:resnet10t'"),
         ({"name": "resnet18", "stem": "cifr"}, "Did you mean 'cifar'"),
         ({"name": "resnet20", "stem": "imagenet"}, "use stem 'auto'"),
+        ({"name": "resnet18", "stem": "stride2"}, "use stem 'auto'"),
         ({"name": "timm:resnet18", "stem": "cifar"}, "use stem 'auto'"),
         ({"name": "timm:vit_tiny_patch16_224", "image_size": 8}, "does not take images of 8 pixels"),
     ],
