@@ -220,6 +220,8 @@ def index_shard(filesystem: pafs.FileSystem, path: str) -> tuple[pa.Table, list[
             broken = scan.end_problem()
     except (tarfile.TarError, OSError, EOFError) as error:
         broken = _line(error)
+    if not (rows or bad or broken):
+        broken = "no sample in the tar"
     if broken:
         bad.append({"shard": shard, "key": None, "reason": broken, "rows": len(rows)})
     return pa.Table.from_pylist(rows, schema=SCHEMA), bad
