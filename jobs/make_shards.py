@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # works where the package is not installed
 
-from isd_ray.data import index
+from isd_ray.data import files, index
 from isd_ray.data.shards import make_shards, write_bad
 from isd_ray.errors import UserError
 
@@ -55,7 +55,7 @@ def main() -> None:
     options = vars(parse())
     uri, source, names = options.pop("index_only"), options.pop("source"), options.pop("classes")
     if uri:
-        classes = Path(names).read_text().splitlines() if names else None
+        classes = files.read_bytes(names).decode().splitlines() if names else None
         limits = {"workers": options["workers"], "max_bad": options["max_bad"]}
         table, bad = index.index_shards(uri, classes=classes, quiet=False, **limits)
         write_bad(bad, index.root(table))

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import yaml
 
-from isd_ray.data.files import DATASETS, exists, read_bytes
+from isd_ray.data.files import DATASETS, read_bytes
 from isd_ray.data.index import class_counts, classes, labels
 from isd_ray.errors import UserError, nearest
 
@@ -347,8 +347,6 @@ def _entries(listing: str | Sequence[str], names: set[str]) -> list[str]:
     are dropped.
     """
     if isinstance(listing, str):
-        if not exists(listing):
-            raise UserError(f"no list of files at '{listing}'")
         listing = read_bytes(listing).decode().splitlines()
     lines = [line.strip() for line in listing]
     kept = [

@@ -28,7 +28,7 @@ from isd_ray.errors import UserError
 
 MANIFEST = "make_shards.json"
 _EXTENSION = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "PPM": "ppm", "TIFF": "tif"}
-_UNSAFE = re.compile(r"[^\w\-/+=@~]", re.ASCII)
+_UNSAFE = re.compile(r"[^\w\-+=@~]", re.ASCII)
 _IN_PROCESS = 20_000  # samples; below this, starting Ray takes longer than the work
 
 
@@ -132,7 +132,8 @@ def _safe(name: str) -> str:
     stem, extension = posixpath.splitext(name)
     stem = stem if extension.lower()[1:] in (*index.IMAGE_EXTENSIONS, "tiff") else name
     parts = [p for p in stem.split("/") if p not in ("", ".", "..")]
-    return _UNSAFE.sub("_", "/".join(parts)).replace("__", "_") or "_"
+    # names that begin with two underscores are WebDataset's own
+    return "/".join(re.sub("^_+", "_", _UNSAFE.sub("_", p)) for p in parts) or "_"
 
 
 # -- the folder's description: a re-run with other parameters would mix two sets -----------------------------
