@@ -224,6 +224,7 @@ def test_the_job_indexes_existing_tars(tmp_path, monkeypatch, capsys):
     [
         ["--source", "/nothing", "--out", "x"],
         ["--index-only", "/nothing"],
+        ["--source", "/nothing"],
         ["--index-only", ".", "--classes", "/nothing"],
         ["--source", "sklearn:digits", "--out", "x", "--shard-size", "0"],
     ],

@@ -140,7 +140,7 @@ def test_embedded_images_come_from_their_module(monkeypatch):
     monkeypatch.setitem(sys.modules, "isd_ray.data.embedded", module)
     source = open_source("embedded:textures", split="bank", seed=77)
     assert source.classes == ["a", "b"]
-    sample = list(source.slice(1, 2))[0]
+    sample = next(iter(source.slice(1, 2)))
     assert (sample.key, sample.label) == ("bank/0000001", 1)
     assert np.asarray(Image.open(io.BytesIO(sample.image))).tolist() == np.full((8, 8, 3), 77).tolist()
 
@@ -213,10 +213,10 @@ def test_what_is_wrong_is_said(source, options, message):
 def test_missing_columns_list_those_there_are(tmp_path):
     parquet(tmp_path / "u.parquet", {"img": IMAGES, "y": LABELS})
     place = str(tmp_path / "u.parquet")
-    with pytest.raises(UserError, match="no image column 'image' .* it has img, y"):
+    with pytest.raises(UserError, match=r"no image column 'image' .* it has img, y"):
         open_source(place)
     with pytest.raises(
-        UserError, match="no label column 'label' .*: it has img, y; name yours with --label-column"
+        UserError, match=r"no label column 'label' .*: it has img, y; name yours with --label-column"
     ):
         open_source(place, image_column="img")
     with pytest.raises(UserError, match="is int64, not image bytes"):
