@@ -20,7 +20,7 @@ from isd_ray.errors import UserError
 
 PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 what = PARSER.add_mutually_exclusive_group(required=True)
-what.add_argument("--source", help="image folder, Parquet file or glob, folder of tars, or torchvision:NAME")
+what.add_argument("--source", help="image folder, Parquet file or glob, folder of tars, torchvision:NAME")
 what.add_argument("--index-only", metavar="URI", help="index the tars of this folder, in place")
 option = PARSER.add_argument
 option("--out", help="folder (path or URI) that gets SPLIT/NAME-000000.tar ... and SPLIT/index.parquet")
@@ -41,8 +41,8 @@ def main() -> None:
     uri, source, names = options.pop("index_only"), options.pop("source"), options.pop("classes")
     if uri:
         classes = files.read_bytes(names).decode().splitlines() if names else None
-        how = {"workers": options["workers"], "max_bad": options["max_bad"], "quiet": False}
-        table, bad = index.index_shards(uri, classes=classes, **how)
+        how = {k: options[k] for k in ("workers", "max_bad")}
+        table, bad = index.index_shards(uri, classes=classes, quiet=False, **how)
         write_bad(bad, index.root(table))
         index.write_index(table, index.root(table))
     elif options["out"]:
