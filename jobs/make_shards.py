@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # works where the package is not installed
 
 from isd_ray.data import files, index
-from isd_ray.data.shards import make_shards, write_bad
+from isd_ray.data.shards import index_only, make_shards
 from isd_ray.errors import UserError
 
 PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -41,10 +41,7 @@ def main() -> None:
     uri, source, names = options.pop("index_only"), options.pop("source"), options.pop("classes")
     if uri:
         classes = files.read_bytes(names).decode().splitlines() if names else None
-        how = {k: options[k] for k in ("workers", "max_bad")}
-        table, bad = index.index_shards(uri, classes=classes, quiet=False, **how)
-        write_bad(bad, index.root(table))
-        index.write_index(table, index.root(table))
+        table = index_only(uri, classes, options["workers"], options["max_bad"])
     elif options["out"]:
         table = make_shards(source, quiet=False, **options)
     else:

@@ -102,6 +102,16 @@ def _finish(folder: str, done: list, classes: Sequence[str], max_bad: float) -> 
     return table
 
 
+def index_only(
+    uri: str, classes: Sequence[str] | None = None, workers: int | None = None, max_bad: float = 0.01
+) -> pa.Table:
+    """Index the tars that lie in the folder `uri` and write the index beside them; see `index.index_shards`."""
+    table, bad = index.index_shards(uri, classes=classes, workers=workers, max_bad=max_bad, quiet=False)
+    write_bad(bad, index.root(table))
+    index.write_index(table, index.root(table))
+    return table
+
+
 def write_bad(bad: Sequence[dict], folder: str) -> None:
     """List the samples that were left out in `bad_samples.jsonl` beside the index; no file where there are
     none.
