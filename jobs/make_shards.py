@@ -5,7 +5,7 @@
   python jobs/make_shards.py --source torchvision:SVHN --root ~/data --download --split test --out shards/svhn
   python jobs/make_shards.py --index-only s3://bucket/set/train
 
-Run it again after a stop: whole shards are kept. Use the result with `--data.shards shards/cifar10`.
+Run it again after a stop: whole shards are kept. Use the result with `--data.shards shards/photos`.
 """
 
 import argparse
@@ -14,54 +14,38 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # works where the package is not installed
 
-from isd_ray.data import index
-from isd_ray.data.shards import make_shards, write_bad
+from isd_ray.data import files, index
+from isd_ray.data.shards import index_only, make_shards
 from isd_ray.errors import UserError
 
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--source", help="image folder, Parquet file or glob, folder of tars, or torchvision:NAME"
-    )
-    what.add_argument(
-        "--index-only", metavar="URI", help="index the tars of this folder; writes index.parquet into it"
-    )
-    parser.add_argument(
-        "--out", help="folder (path or URI) that gets SPLIT/NAME-000000.tar ... and SPLIT/index.parquet"
-    )
-    parser.add_argument("--split", default="train", help="split to read and write (default: train)")
-    parser.add_argument("--name", help="beginning of the shards' names (default: the split)")
-    parser.add_argument("--shard-size", type=int, default=1000, help="samples a shard (default: 1000)")
-    parser.add_argument("--workers", type=int, help="Ray tasks at once (default: every core; 0: without Ray)")
-    parser.add_argument("--max-bad", type=float, default=0.01, help="part that may be bad (default: 0.01)")
-    parser.add_argument("--root", help="where relative sources start and torchvision's files lie")
-    parser.add_argument("--download", action="store_true", help="let torchvision fetch missing files")
-    parser.add_argument(
-        "--image-column", default="image", help="Parquet column of image bytes (default: image)"
-    )
-    parser.add_argument("--label-column", default="label", help="Parquet column of labels; none: unlabelled")
-    parser.add_argument("--classes", help="with --index-only: text file of class names, one a line")
-    arguments = parser.parse_args()
-    if arguments.source and not arguments.out:
-        parser.error("--source needs --out")
-    return arguments
+PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+what = PARSER.add_mutually_exclusive_group(required=True)
+what.add_argument("--source", help="image folder, Parquet file or glob, folder of tars, torchvision:NAME")
+what.add_argument("--index-only", metavar="URI", help="index the tars of this folder, in place")
+option = PARSER.add_argument
+option("--out", help="folder (path or URI) that gets SPLIT/NAME-000000.tar ... and SPLIT/index.parquet")
+option("--split", default="train", help="split to read and write (train)")
+option("--name", help="beginning of the shards' names (the split)")
+option("--shard-size", type=int, default=1000, help="samples a shard (1000)")
+option("--workers", type=int, help="Ray tasks at once (every core); 0: without Ray")
+option("--max-bad", type=float, default=0.01, help="part of the samples that may be bad (0.01)")
+option("--root", help="where relative sources start and torchvision's files lie")
+option("--download", action="store_true", help="let torchvision fetch missing files")
+option("--image-column", default="image", help="Parquet column of image bytes (image)")
+option("--label-column", default="label", help="Parquet column of labels (label); none: unlabelled")
+option("--classes", help="with --index-only: text file of class names, one a line")
 
 
 def main() -> None:
-    options = vars(parse())
+    options = vars(PARSER.parse_args())
     uri, source, names = options.pop("index_only"), options.pop("source"), options.pop("classes")
     if uri:
-        classes = Path(names).read_text().splitlines() if names else None
-        limits = {"workers": options["workers"], "max_bad": options["max_bad"]}
-        table, bad = index.index_shards(uri, classes=classes, quiet=False, **limits)
-        write_bad(bad, index.root(table))
-        index.write_index(table, index.root(table))
-    else:
+        classes = files.read_bytes(names).decode().splitlines() if names else None
+        table = index_only(uri, classes, options["workers"], options["max_bad"])
+    elif options["out"]:
         table = make_shards(source, quiet=False, **options)
+    else:
+        raise UserError("--source needs --out: the folder that gets the shards")
     print(
         f"{len(table)} images of {len(index.classes(table))} classes: {index.root(table)}/{index.FILE_NAME}"
     )

@@ -110,10 +110,13 @@ def write_text(uri: str, text: str) -> None:
 
 
 def read_bytes(uri: str) -> bytes:
-    """Return the content of the file at `uri`."""
+    """Return the content of the file at `uri`; raises AbsentError where there is none."""
     filesystem, path = open_filesystem(uri)
-    with filesystem.open_input_stream(path) as stream:
-        return stream.read()
+    try:
+        with filesystem.open_input_stream(path) as stream:
+            return stream.read()
+    except FileNotFoundError:
+        raise AbsentError(f"no file at '{uri}'") from None
 
 
 def write_whole(uri: str, write: Callable[[str], None]) -> None:

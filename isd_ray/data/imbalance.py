@@ -7,6 +7,7 @@ and the balanced control of the same size shares its images with the long-tailed
 of SDCLR (Jiang et al., ICML 2021). Rows stay in order of the index, so reading stays sequential.
 """
 
+import inspect
 import posixpath
 import re
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import yaml
 
-from isd_ray.data.files import DATASETS, exists, read_bytes
+from isd_ray.data.files import DATASETS, read_bytes
 from isd_ray.data.index import class_counts, classes, labels
 from isd_ray.errors import UserError, nearest
 
@@ -115,7 +116,7 @@ def subset(
         UserError: unknown scheme or option, or a scheme that needs labels on an unlabelled index.
     """
     if scheme in (None, "natural", "none"):
-        _no_more(options)
+        _only(options)
         return table
     if scheme == "list":
         return _listed(table, **_only(options, "files", "missing"))
@@ -138,9 +139,13 @@ def quota(table: pa.Table, scheme: str, **options: Any) -> np.ndarray:
     """
     if scheme == "balanced":
         return _balanced(table, **options)
-    counts = class_counts(table)
-    n_max = options.pop("n_max", None) or int(counts.max())
-    return _SCHEMES[scheme](table, n_max=n_max, **options)
+    scheme_quota = _SCHEMES[scheme]
+    parameters = inspect.signature(scheme_quota).parameters
+    _only(options, *(p for p in parameters if p != "table"))
+    if "counts" in parameters and "counts" not in options:
+        raise UserError("scheme 'counts' needs counts: images of each class, by rank")
+    n_max = options.pop("n_max", None) or int(class_counts(table).max())
+    return scheme_quota(table, n_max=n_max, **options)
 
 
 def require_labels(table: pa.Table, what: str) -> None:
@@ -194,11 +199,19 @@ def _step(table: pa.Table, *, n_max: int, ratio: float, seed: int, class_order: 
 
 
 def _pareto(
-    table: pa.Table, *, n_max: int, ratio: float, seed: int, class_order: str, **options: Any
+    table: pa.Table,
+    *,
+    n_max: int,
+    ratio: float,
+    seed: int,
+    class_order: str,
+    alpha: float = 6.0,
+    scale: float | None = None,
+    floor: int = 5,
+    mode: Literal["quantile", "draw"] = "quantile",
 ) -> np.ndarray:
-    sizes = pareto_counts(
-        len(classes(table)), n_max, seed=seed, **_only(options, "alpha", "scale", "floor", "mode")
-    )
+    shape = {"alpha": alpha, "scale": scale, "floor": floor}
+    sizes = pareto_counts(len(classes(table)), n_max, mode=mode, seed=seed, **shape)  # type: ignore[arg-type]
     return _by_rank(sizes, class_order, seed)
 
 
@@ -228,7 +241,7 @@ def _large_small(
     if split:
         chosen = _published(names, split)
     else:
-        n_small = len(names) - n_large if n_small is None else n_small
+        n_small = max(len(names) - n_large, 0) if n_small is None else n_small
         if n_large + n_small > len(names):
             raise UserError(f"{n_large} large and {n_small} small classes are asked of {len(names)}")
         drawn = _rng(seed, _DRAW).permutation(len(names))[: n_large + n_small]
@@ -240,8 +253,11 @@ def _large_small(
     return result
 
 
-def _isd_8_30(table: pa.Table, **options: Any) -> np.ndarray:
-    return _large_small(table, **{"n_large": LARGE, "n_small": SMALL, **options})
+def _isd_8_30(
+    table: pa.Table, *, n_max: int, ratio: float, seed: int, class_order: str, split: str = ""
+) -> np.ndarray:
+    common = {"n_max": n_max, "ratio": ratio, "seed": seed, "class_order": class_order}
+    return _large_small(table, n_large=LARGE, n_small=SMALL, split=split, **common)  # type: ignore[arg-type]
 
 
 def _published(names: Sequence[str], split: str) -> np.ndarray:
@@ -278,6 +294,7 @@ def _balanced(
             f"unknown imbalance scheme '{of}'.{nearest(of, _SCHEMES)} Known: {', '.join(_SCHEMES)}"
         )
     if of is None:
+        _only(options, "ratio", "seed", "class_order", "n_max")
         return np.full(len(classes(table)), per_class, np.int64)
     asked = quota(table, of, **options)
     size = int(np.minimum(asked, class_counts(table)).sum())
@@ -301,10 +318,6 @@ def _only(options: dict[str, Any], *known: str) -> dict[str, Any]:
             there = ", ".join(known) or "none"
             raise UserError(f"unknown imbalance option '{name}'.{nearest(name, known)} Known: {there}")
     return options
-
-
-def _no_more(options: dict[str, Any]) -> None:
-    _only(options)
 
 
 # -- explicit lists ------------------------------------------------------------------------------------------
@@ -334,8 +347,6 @@ def _entries(listing: str | Sequence[str], names: set[str]) -> list[str]:
     are dropped.
     """
     if isinstance(listing, str):
-        if not exists(listing):
-            raise UserError(f"no list of files at '{listing}'")
         listing = read_bytes(listing).decode().splitlines()
     lines = [line.strip() for line in listing]
     kept = [

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray
 from PIL import Image
 from pyarrow import fs as pafs
 
@@ -42,6 +43,7 @@ SCHEMA = pa.schema(
     ]
 )
 _BUFFER = 1 << 17  # bytes fetched at once: a few small samples, or the head of a large one
+_IN_PROCESS = 16  # shards; below this, starting Ray takes longer than the work
 _LABEL_LIMIT = 1 << 20  # bytes; a label member beyond this is not a label
 _META = re.compile(r"(^|/)__[^/]*__($|/)")  # members that WebDataset keeps for itself
 
@@ -136,7 +138,7 @@ def index_shards(
     Args:
         classes: names of the classes; by default the numbers "0", "1", ...
         max_bad: largest part of the samples that may be bad.
-        workers: Ray tasks at once (None: every core; 0: in this process).
+        workers: Ray tasks at once; None: every core (in this process for a few shards while no Ray runs); 0: no Ray.
         quiet: print no progress.
 
     Returns:
@@ -150,6 +152,8 @@ def index_shards(
     shards = list_files(uri, [".tar"])
     if not shards:
         raise UserError(f"no .tar file in '{uri}': give the folder that holds the shards")
+    if workers is None and len(shards) <= _IN_PROCESS and not ray.is_initialized():
+        workers = 0
     scans = run_tasks(_index_one, [(uri, s) for s in shards], workers=workers, unit="shards", quiet=quiet)
     bad = [b for _, report in scans for b in report]
     check_bad([len(t) for t, _ in scans], bad, max_bad, uri)
@@ -220,6 +224,8 @@ def index_shard(filesystem: pafs.FileSystem, path: str) -> tuple[pa.Table, list[
             broken = scan.end_problem()
     except (tarfile.TarError, OSError, EOFError) as error:
         broken = _line(error)
+    if not (rows or bad or broken):
+        broken = "no sample in the tar"
     if broken:
         bad.append({"shard": shard, "key": None, "reason": broken, "rows": len(rows)})
     return pa.Table.from_pylist(rows, schema=SCHEMA), bad

@@ -28,7 +28,7 @@ from isd_ray.errors import UserError
 
 MANIFEST = "make_shards.json"
 _EXTENSION = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "PPM": "ppm", "TIFF": "tif"}
-_UNSAFE = re.compile(r"[^\w\-/+=@~]", re.ASCII)
+_UNSAFE = re.compile(r"[^\w\-+=@~]", re.ASCII)
 _IN_PROCESS = 20_000  # samples; below this, starting Ray takes longer than the work
 
 
@@ -102,6 +102,16 @@ def _finish(folder: str, done: list, classes: Sequence[str], max_bad: float) -> 
     return table
 
 
+def index_only(
+    uri: str, classes: Sequence[str] | None = None, workers: int | None = None, max_bad: float = 0.01
+) -> pa.Table:
+    """Index the tars that lie in the folder `uri` and write the index beside them; see `index.index_shards`."""
+    table, bad = index.index_shards(uri, classes=classes, workers=workers, max_bad=max_bad, quiet=False)
+    write_bad(bad, index.root(table))
+    index.write_index(table, index.root(table))
+    return table
+
+
 def write_bad(bad: Sequence[dict], folder: str) -> None:
     """List the samples that were left out in `bad_samples.jsonl` beside the index; no file where there are
     none.
@@ -132,7 +142,8 @@ def _safe(name: str) -> str:
     stem, extension = posixpath.splitext(name)
     stem = stem if extension.lower()[1:] in (*index.IMAGE_EXTENSIONS, "tiff") else name
     parts = [p for p in stem.split("/") if p not in ("", ".", "..")]
-    return _UNSAFE.sub("_", "/".join(parts)).replace("__", "_") or "_"
+    # names that begin with two underscores are WebDataset's own
+    return "/".join(re.sub("^_+", "_", _UNSAFE.sub("_", p)) for p in parts) or "_"
 
 
 # -- the folder's description: a re-run with other parameters would mix two sets -----------------------------

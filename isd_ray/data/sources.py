@@ -396,6 +396,5 @@ def _digits(split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
 
 def png(image: Image.Image) -> bytes:
     """Encode an image as PNG, which keeps every pixel."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    image.save(buffer := io.BytesIO(), format="PNG")
     return buffer.getvalue()

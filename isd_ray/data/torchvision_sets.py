@@ -69,7 +69,7 @@ def build(name: str, split: str, root: str | None, download: bool) -> Any:
         if root is None:
             raise UserError(f"torchvision:{name} needs a root: the folder that holds torchvision's files")
         arguments["root"] = root
-    if "download" in known:
+    if "download" in known or issubclass(kind, datasets.MNIST):  # whose relatives pass it on unseen
         arguments["download"] = download
     return _construct(kind, name, arguments, download)
 
