@@ -55,24 +55,20 @@ def measure(b: int, size: int, dim: int, options: argparse.Namespace) -> dict[st
     """One row of the table."""
     generator = torch.Generator().manual_seed(0)
     q, k = (normalize(torch.randn(b, dim, generator=generator), dim=1).to(options.device) for _ in range(2))
-    queue = filled_queue(size, dim, options, generator)
     fits = b * size * 4 * PLAIN_MATRICES <= options.memory * 2**30
-    cell: dict[str, Any] = {"B": b, "K": size, "D": dim, "plain_fits": fits}
     part = timed_anchors(b, size, dim, options)
-    timed = queue if part == size else filled_queue(part, dim, options, torch.Generator().manual_seed(0))
-    runs = {"ours": lambda: ours(q, k, timed)}
+    queue = filled_queue(part, dim, options, generator)
+    cell: dict[str, Any] = {"B": b, "K": size, "D": dim, "plain_fits": fits, "timed_anchors": part}
+    runs = {"ours": lambda: ours(q, k, queue)}
     if fits:
-        runs["plain"] = lambda: plain(q, k, anchors_of(timed))
+        runs["plain"] = lambda: plain(q, k, anchors_of(queue))
     seconds = best_seconds(runs, options)
     cell |= {f"{name}_seconds": value * size / part for name, value in seconds.items()}
-    cell["timed_anchors"] = part
-    cell["ours_bytes"] = peak_bytes(lambda: ours(q, k, queue), options.device) if part == size else None
-    if fits:
-        cell["plain_bytes"] = peak_bytes(lambda: plain(q, k, anchors_of(queue)), options.device)
-        if cell["ours_bytes"] is None:
-            cell["ours_bytes"] = peak_bytes(lambda: ours(q, k, queue), options.device)
-    cell |= errors(q, k, timed, fits)
-    return cell
+    cell |= errors(q, k, queue, fits)
+    if fits and part < size:  # memory is measured on all anchors wherever it can be compared
+        queue = filled_queue(size, dim, options, generator)
+    cell |= {f"{name}_bytes": peak_bytes(run, options.device) for name, run in runs.items()}
+    return cell | {"memory_anchors": queue.fill}
 
 
 def filled_queue(
@@ -156,8 +152,20 @@ def errors(q: Tensor, k: Tensor, queue: DistributedQueue, fits: bool) -> dict[st
     return {name: float((grad - exact).abs().max() / exact.abs().max()) for name, grad in out.items()}
 
 
+def storage_errors() -> dict[str, float]:
+    """Largest error of the gradient that storing anchors in a type costs: B 64, K 16,384, D 128, against float64."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, anchors = (normalize(torch.randn(n, 128, generator=generator), dim=1) for n in (64, 64, 16384))
+    exact, out = plain(q.double(), k.double(), anchors), {}
+    for dtype in ("float32", "float16", "bfloat16"):
+        queue = DistributedQueue(16384, 128, dtype=getattr(torch, dtype))
+        queue.enqueue(anchors)
+        out[dtype] = float((ours(q, k, queue) - exact).abs().max() / exact.abs().max())
+    return out
+
+
 def show(cells: list[dict[str, Any]], console: Console) -> None:
-    """Print the comparison; ~ marks a time that was measured on fewer anchors and scaled."""
+    """Print the comparison; ~ marks a time measured on fewer anchors and scaled, or a memory measured on fewer."""
     table = Table(title="ISD loss, forward and backward")
     for name in (
         "B",
@@ -173,14 +181,14 @@ def show(cells: list[dict[str, Any]], console: Console) -> None:
     ):
         table.add_column(name, justify="right")
     for c in cells:
-        scaled = "~" if c["timed_anchors"] < c["K"] else ""
+        scaled, fewer = ("~" if c[name] < c["K"] else "" for name in ("timed_anchors", "memory_anchors"))
         ratio = f"{c['ours_seconds'] / c['plain_seconds']:.2f}" if c["plain_fits"] else "-"
         table.add_row(
             *(str(c[name]) for name in "BKD"),
             f"{scaled}{c['plain_seconds']:.3f}" if c["plain_fits"] else "does not fit",
             f"{scaled}{c['ours_seconds']:.3f}",
             ratio,
-            *(f"{c[n] / 2**20:.0f}" if c.get(n) is not None else "-" for n in ("plain_bytes", "ours_bytes")),
+            *(f"{fewer}{c[n] / 2**20:.0f}" if n in c else "-" for n in ("plain_bytes", "ours_bytes")),
             *(f"{c[n]:.0e}" if n in c else "-" for n in ("plain_error", "ours_error")),
         )
     console.print(table)
@@ -231,7 +239,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", help="of the stored anchors")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--memory", type=float, default=8, help="GiB that the plain formula may take")
-    parser.add_argument("--seconds", type=float, default=8, help="about so long each cell is timed")
+    parser.add_argument("--seconds", type=float, default=4, help="about so long each cell is timed")
     parser.add_argument("--quick", action="store_true", help="small queues only")
     parser.add_argument(
         "--full", action="store_true", help="time every cell on all its anchors, however long it takes"
@@ -253,7 +261,11 @@ def main() -> None:
                 cells.append(measure(b, size, dim, options))
                 console.print(f"B {b}, K {size}, D {dim}: done after {time.time() - began:.0f} s")
     sent = traffic(options.quick)
+    stored = storage_errors()
     show(cells, console)
+    console.print(
+        "gradient error by stored type:", ", ".join(f"{name} {e:.0e}" for name, e in stored.items())
+    )
     show_traffic(sent, console)
     device = (
         torch.cuda.get_device_name()
@@ -262,7 +274,9 @@ def main() -> None:
     )
     options.out.parent.mkdir(parents=True, exist_ok=True)
     about = {"device": device, "threads": 1, "torch": torch.__version__, "dtype": options.dtype}
-    options.out.write_text(json.dumps({"about": about, "loss": cells, "traffic": sent}, indent=1))
+    options.out.write_text(
+        json.dumps({"about": about, "loss": cells, "traffic": sent, "stored": stored}, indent=1)
+    )
     console.print(f"{options.out}, {time.time() - began:.0f} s")
 
 
