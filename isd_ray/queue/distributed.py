@@ -70,15 +70,17 @@ class DistributedQueue:
         self.rank = dist.get_rank(group) if joined else 0
         self.sharded = layout == "sharded" and self.world > 1
         self.seen = 0  # keys ever enqueued by all ranks, as far as numbered
+        self.begin = 0  # position of the first key that is known of; later than 0 where a state was loaded
         self.steps = 0  # calls of enqueue
         self._ring = self._new_ring()
 
     @property
     def fill(self) -> int:
-        """Anchors in the whole queue, 0 ... size. Communicates nothing: the sharded layout counts a batch
-        from the next
-        lookup on."""
-        return min(self.seen, self.size)
+        """Anchors in the whole queue, 0 ... size.
+
+        Communicates nothing: the sharded layout counts a batch from the next lookup or state_dict on.
+        """
+        return min(self.seen - self.begin, self.size)
 
     @property
     def labels(self) -> Tensor:
@@ -91,12 +93,12 @@ class DistributedQueue:
 
         Any n, also 0, another one on every rank, or more than the queue holds (the newest stay). Keys are
         stored as they are: normalise them before. Raises UserError for non-finite keys, before any of them
-        enters; in the replicated layout on all ranks, in the sharded layout on the rank that has them.
+        enters, naming the step (earlier calls of enqueue) and the rank; in the replicated layout on all ranks, in
+        the sharded layout on the rank that has them.
         """
         self._check_rows("keys", keys)
         keys = keys.detach().to(self.device, self.dtype)
-        none = torch.full((len(keys),), -1, dtype=torch.int64, device=self.device)
-        index, label = (none if x is None else x.to(self.device, torch.int64) for x in (index, label))
+        index, label = self._ids("index", index, len(keys)), self._ids("label", label, len(keys))
         counts = [len(keys)]
         if self.world > 1 and not self.sharded:
             counts = [n for (n,) in gather_numbers(counts, self.device, self.group)]
@@ -151,7 +153,7 @@ class DistributedQueue:
         b, n = len(scaled[0]), len(scaled)
         x = torch.stack(scaled, dim=1)  # [B, n, D]: what belongs to one image travels together
         v = x[:, 0, :0] if along is None else along.detach().to(x)
-        own, counts = self._own(exclude, b), [b]
+        own, counts = self._ids("exclude", exclude, b), [b]
         if self.sharded:
             counts = self._settle(b)
             x, v, own = gather_rows([x, v, own], counts, self.group)
@@ -178,7 +180,7 @@ class DistributedQueue:
         self._check_rows("queries", x)
         if n < 1:
             raise UserError(f"topk: n must be at least 1, got {n}")
-        x, own = x.detach().to(self.device, self.compute_dtype), self._own(exclude, len(x))
+        x, own = x.detach().to(self.device, self.compute_dtype), self._ids("exclude", exclude, len(x))
         counts = [len(x)]
         if self.sharded:
             counts = self._settle(len(x))
@@ -225,12 +227,12 @@ class DistributedQueue:
         _check_state(state, self.dim)
         keys = state["keys"][-self.size :]
         self.seen, self.steps = int(state["seen"]), int(state["steps"])
-        first = self.seen - len(keys)
+        self.begin = self.seen - len(keys)
         mine = slice(self.rank, None, self.world) if self.sharded else slice(None)
         self._ring = self._new_ring()
         rows = [state[name][-self.size :][mine].to(self.device) for name in ("keys", "index", "label")]
         self._ring.append(rows[0].to(self.dtype), rows[1], rows[2], seen=len(rows[0]))
-        self._ring.renumber(range(first, self.seen)[mine])
+        self._ring.renumber(range(self.begin, self.seen)[mine])
 
     def _new_ring(self) -> Ring:
         return Ring(
@@ -283,12 +285,15 @@ class DistributedQueue:
         if rows.dim() != 2 or rows.shape[1] != self.dim:
             raise UserError(f"queue: {what} must have shape [rows, {self.dim}], got {list(rows.shape)}")
 
-    def _own(self, exclude: Tensor | None, rows: int) -> Tensor:
-        if exclude is None:
+    def _ids(self, name: str, ids: Tensor | None, rows: int) -> Tensor:
+        """Return ids as int64 [rows] on the queue's device; -1 everywhere where none are given."""
+        if ids is None:
             return torch.full((rows,), -1, dtype=torch.int64, device=self.device)
-        if exclude.shape != (rows,):
-            raise UserError(f"queue: exclude must have shape [{rows}], got {list(exclude.shape)}")
-        return exclude.to(self.device, torch.int64)
+        if ids.shape != (rows,):
+            raise UserError(
+                f"queue: {name} must have shape [{rows}], one for each row, got {list(ids.shape)}"
+            )
+        return ids.to(self.device, torch.int64)
 
     def _refuse_nonfinite(self, keys: Tensor, counts: list[int]) -> None:
         """Raise for non-finite keys; `counts` are the rows of every rank whose keys are given."""
@@ -300,7 +305,7 @@ class DistributedQueue:
         raise UserError(
             f"queue: {rows} of {len(keys)} keys are not finite "
             f"(step {self.steps}, rank {', '.join(map(str, ranks))}): "
-            "the teacher has diverged; lower the learning rate or the momentum's distance from 1"
+            "training has diverged; go back to the last checkpoint and lower the learning rate"
         )
 
 
