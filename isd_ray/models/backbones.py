@@ -66,8 +66,9 @@ def backbone_names() -> list[str]:
 class SmallResNet(nn.Module):
     """The CIFAR resnet of He et al. (2016), section 4.2: three stages of 16, 32 and 64 channels, 6n+2 layers.
 
-    Shortcuts are the paper's option A: where the shape changes, the input is subsampled and padded with zero
-    channels, so they have no weights. Convolutions start He-normal.
+    Shortcuts are the paper's option B: where the shape changes, a 1x1 convolution with batch norm projects the
+    input. (Option A, subsampling without weights, cost 12 points of 20-NN on the embedded data set.) Convolutions
+    start He-normal.
     """
 
     def __init__(self, blocks: int, stride: int = 1) -> None:
@@ -88,7 +89,7 @@ class SmallResNet(nn.Module):
 
 
 class SmallBlock(nn.Module):
-    """Two 3x3 convolutions and a parameter-free shortcut (option A)."""
+    """Two 3x3 convolutions and a shortcut, projected by a 1x1 convolution where the shape changes (option B)."""
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -96,16 +97,14 @@ class SmallBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.stride, self.new_channels = stride, channels - channels_in
+        self.downsample: nn.Module = nn.Identity()
+        if stride > 1 or channels != channels_in:
+            projection = nn.Conv2d(channels_in, channels, 1, stride, bias=False)
+            self.downsample = nn.Sequential(projection, nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         residual = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.stride > 1:
-            x = x[:, :, :: self.stride, :: self.stride]
-        if self.new_channels:
-            half = self.new_channels // 2
-            x = F.pad(x, (0, 0, 0, 0, half, self.new_channels - half))
-        return F.relu(x + residual)
+        return F.relu(self.downsample(x) + residual)
 
 
 def _stage(channels_in: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
