@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDic
 from isd_ray.errors import UserError, nearest
 
 Layer = Mapping[str, Any]
+MAPPINGS = ("data.scheme_options",)  # options whose value is itself a mapping
 
 
 class Section(BaseModel):
@@ -43,8 +44,9 @@ class DataConfig(Section):
     class_order: Literal["label", "random"] | None = Field(
         None, description="Which classes are large: label order or drawn"
     )
-    subset_list: str | None = Field(
-        None, description="File of keys or D1..D10 list that names the chosen images"
+    scheme_options: dict[str, Any] = Field(
+        {},
+        description='Further arguments of the scheme: {"split": "D3"}, {"files": "list.txt"}, {"n_max": 500}',
     )
     image_size: int = Field(32, ge=8, le=1024, description="Side of a view [pixels]")
     mean: list[float] = Field([0.485, 0.456, 0.406], description="Mean of the channels, on a 0..1 scale")
@@ -263,10 +265,11 @@ def option_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]
 
 
 def flatten(values: Layer, prefix: str = "") -> dict[str, Any]:
-    """Return the nested mapping as {dotted name: value}."""
+    """Return the nested mapping as {dotted name: value}; an option whose value is a mapping keeps it whole."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+        whole = not isinstance(value, Mapping) or prefix + name in MAPPINGS
+        flat |= {prefix + name: value} if whole else flatten(value, f"{prefix}{name}.")
     return flat
 
 

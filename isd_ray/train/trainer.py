@@ -112,6 +112,8 @@ def open_splits(config: Config) -> Splits:
         ratio=data.ratio,
         seed=data.subset_seed,
         class_order=data.class_order,
+        download=data.download,
+        **data.scheme_options,
     )
 
 

