@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 from isd_ray.errors import UserError, nearest
@@ -57,6 +57,12 @@ class DataConfig(Section):
     max_bad: float = Field(
         0.01, ge=0, le=1, description="Largest share of broken images before the run stops"
     )
+
+    @field_validator("scheme_options", mode="after")
+    @classmethod
+    def _read_values(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Read `n_max=500` from the command line as a number."""
+        return {name: yaml.safe_load(v) if isinstance(v, str) else v for name, v in options.items()}
 
 
 class ModelConfig(Section):
@@ -180,7 +186,12 @@ class Config(BaseSettings):
 
 
 class _CommandLine(Config):
-    """The command line: the configuration plus the file it may start from."""
+    """Pretrain a backbone on unlabelled images with ISD on Ray, and evaluate it.
+
+    Without options the embedded data set is used. Options given here win over the file of --config, that over the
+    defaults of the data set (datasets/NAME.yaml), those over the method's. A run that was stopped continues when the
+    same command is given again.
+    """
 
     config: str | None = Field(None, description="YAML file to start from; the command line wins over it")
 

@@ -21,7 +21,9 @@ def tiny_shards(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     for split, count in (("train", 40), ("test", 12)):
         pq.write_table(gratings(count, seed=len(split)), folder / f"{split}.parquet")
-        make_shards(str(folder / f"{split}.parquet"), str(folder / "shards"), split=split, shard_size=50, workers=0)
+        make_shards(
+            str(folder / f"{split}.parquet"), str(folder / "shards"), split=split, shard_size=50, workers=0
+        )
     return folder / "shards"
 
 
@@ -40,7 +42,7 @@ def gratings(count: int, seed: int) -> pa.Table:
     return pa.Table.from_pylist(rows)
 
 
-@pytest.fixture()
+@pytest.fixture
 def tiny_options(tiny_shards, tmp_path) -> dict[str, Any]:
     """Options of a run of 3 epochs of 10 steps on the tiny set."""
     return {

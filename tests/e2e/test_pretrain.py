@@ -53,7 +53,9 @@ def test_a_run_leaves_everything_and_continues_to_nothing(tiny_options, capsys):
     assert json.loads(folder.read("result.json")) == json.loads(json.dumps(result))
     rows = [json.loads(line) for line in folder.read("metrics.jsonl").splitlines()]
     assert [row["step"] for row in rows] == list(range(2, 31, 2))
-    assert {"loss", "lr", "images_per_second", "wait_share", "teacher_entropy", "purity", "own_mass"} <= set(rows[-1])
+    assert {"loss", "lr", "images_per_second", "wait_share", "teacher_entropy", "purity", "own_mass"} <= set(
+        rows[-1]
+    )
     backbone = build_backbone("resnet8", stem="stride2")
     interop.load_backbone(backbone, f"{folder.path}/backbone.safetensors")
     saved = checkpoint(tiny_options)["method"]

@@ -15,10 +15,18 @@ def test_command_line_wins_over_file_and_defaults(tmp_path):
 
 
 def test_method_defaults_apply_below_the_user(tmp_path):
-    plus = resolve({"method.name": "isd_plus", "data.dataset": "cifar10"})
+    plus = resolve({"method.name": "isd_plus", "data.dataset": "imagenet"})
     assert (plus.method.temperature, plus.method.temperature_teacher) == (0.1, 0.01)
-    chosen = resolve({"method.name": "isd_plus", "data.dataset": "cifar10", "method.temperature": 0.5})
+    chosen = resolve({"method.name": "isd_plus", "data.dataset": "imagenet", "method.temperature": 0.5})
     assert (chosen.method.temperature, chosen.method.temperature_teacher) == (0.5, 0.01)
+    lower = resolve({"method.name": "isd_plus", "data.dataset": "cifar10_lt"})
+    assert lower.method.temperature_teacher == 0.05  # the data set's own value for this method
+
+
+def test_arguments_of_a_scheme_come_as_a_mapping():
+    for given in ("n_max=500", '{"n_max": 500}'):
+        config = parse(["--data.dataset", "cifar10_lt", "--data.scheme_options", given])
+        assert config.data.scheme_options == {"n_max": 500}
 
 
 def test_resolved_config_feeds_back(tmp_path):

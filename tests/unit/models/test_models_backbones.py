@@ -20,7 +20,11 @@ def test_features_are_pooled_to_b_x_dim(name, dim):
 
 
 @pytest.mark.parametrize(
-    ("name", "layers", "parameters"),  # He et al. 2016, table 6: 0.27M and 0.46M with a classifier of 650, option A
+    (
+        "name",
+        "layers",
+        "parameters",
+    ),  # He et al. 2016, table 6: 0.27M and 0.46M with a classifier of 650, option A
     [("resnet8", 8, 75_290), ("resnet14", 14, 172_506), ("resnet20", 20, 269_722), ("resnet32", 32, 464_154)],
 )
 def test_small_resnets_have_the_size_of_the_paper(name, layers, parameters):

@@ -1,0 +1,99 @@
+"""Killed in the middle of an epoch and started again, a run ends with the very bits of one that was left alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ray
+
+import isd_ray
+from isd_ray.config import resolve, to_yaml
+from isd_ray.train.folder import RunFolder, checkpoint_names, load_checkpoint
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(options: dict, folder: Path) -> subprocess.Popen:
+    """Start the job in a process of its own, on the Ray of this test session."""
+    address = ray.get_runtime_context().gcs_address
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(to_yaml(resolve(options | {"address": address})))
+    command = [sys.executable, str(ROOT / "jobs/pretrain.py"), "--config", str(recipe)]
+    return subprocess.Popen(command, start_new_session=True)
+
+
+def kill_in_the_middle(options: dict, folder: Path, step: int) -> None:
+    """Kill the driver and its workers once a checkpoint of at least `step` steps is there."""
+    job, run = start(options, folder), RunFolder(f"{options['output']}/{options['name']}")
+    deadline = time.monotonic() + 200
+    while not any(name >= f"step-{step:08d}.pt" for name in checkpoint_names(run)):
+        assert job.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, "no checkpoint came"
+        time.sleep(0.02)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+
+
+def compare(options: dict, other: dict) -> None:
+    from test_pretrain import assert_same
+
+    one, two = (load_checkpoint(RunFolder(f"{o['output']}/{o['name']}")) for o in (options, other))
+    assert_same(one, two)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sigkill_in_the_middle_of_an_epoch(ray_session, tiny_options, tmp_path, workers):
+    options = tiny_options | {"train.workers": workers, "train.epochs": 12, "queue.layout": "sharded"}
+    options |= {"train.keep_checkpoints": 200}
+    killed = options | {"name": "killed"}
+    kill_in_the_middle(killed, tmp_path, step=14)
+    reached = checkpoint_names(RunFolder(f"{options['output']}/killed"))[-1]
+    assert reached < "step-00000120.pt", "the run was over before the signal came"
+    isd_ray.pretrain(killed)
+    isd_ray.pretrain(options | {"name": "whole"})
+    compare(killed, options | {"name": "whole"})
+    lines = Path(options["output"], "killed", "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(2, 121, 2))
+
+
+def test_a_run_of_two_workers_continues_with_one_and_three(ray_session, tiny_options, monkeypatch):
+    """The queue, the batches and the views are the same; batch norm sees other parts of the batch."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)  # three workers are refused on a machine of two cores
+    first = tiny_options | {"train.workers": 2, "train.epochs": 1, "name": "two", "queue.layout": "sharded"}
+    isd_ray.pretrain(first)
+    folder = RunFolder(f"{first['output']}/two")
+    saved = load_checkpoint(folder)
+    assert saved["queue"]["keys"].shape[0] == 32
+    for workers in (0, 3):
+        name = f"then-{workers}"
+        again = first | {"name": name, "train.epochs": 2, "train.workers": workers}
+        other = RunFolder(f"{first['output']}/{name}")
+        other.write("checkpoints/step-00000010.pt", folder.read("checkpoints/step-00000010.pt"))
+        isd_ray.pretrain(again)
+        ended = load_checkpoint(other)
+        assert ended["step"] == 20
+        assert len(set(ended["queue"]["index"].tolist())) > 16
+
+
+def test_sharded_and_replicated_queues_train_alike(ray_session, tiny_options):
+    both = {}
+    for layout in ("replicated", "sharded"):
+        options = tiny_options | {
+            "train.workers": 2,
+            "train.epochs": 1,
+            "queue.layout": layout,
+            "name": layout,
+        }
+        isd_ray.pretrain(options)
+        both[layout] = load_checkpoint(RunFolder(f"{options['output']}/{layout}"))
+    a, b = both.values()
+    assert a["queue"]["index"].tolist() == b["queue"]["index"].tolist()
+    for name, weight in a["method"].items():
+        assert (weight.float() - b["method"][name].float()).abs().max() < 1e-4, name
