@@ -141,6 +141,9 @@ class TrainConfig(Section):
         True, description="Deterministic algorithms: a repeated run is bit-equal on CPU"
     )
     log_every: int = Field(10, ge=1, description="Steps between two lines of metrics")
+    loggers: list[Literal["wandb", "mlflow"]] = Field(
+        [], description="Send metrics there too (extra: loggers)"
+    )
     checkpoint_seconds: float = Field(
         60.0, ge=0, description="At least this many seconds between checkpoints"
     )

@@ -47,10 +47,3 @@ def start_ray(address: str | None = None, workers: int = 0) -> None:
         raise UserError(
             f"no Ray answers at {address} ({reason}); start one with 'ray start --head'"
         ) from None
-
-
-def quiet_data() -> None:
-    """Keep Ray Data's running commentary in its log files; errors are raised, not only logged."""
-    for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
-            handler.setLevel(logging.ERROR)

@@ -14,6 +14,7 @@ import pyarrow as pa
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+import isd_ray
 from isd_ray.data import index
 from isd_ray.data.files import DATASETS, AbsentError, absolute, exists
 from isd_ray.data.imbalance import subset
@@ -187,7 +188,10 @@ def _from_source(definition: Definition, root: str | None, cache: Path, **how: A
             f"data set '{definition.name}' needs its images: give their folder as root, or shards"
         )
     where = absolute(root) if root else ""
-    digest = hashlib.sha256(repr((where, definition.sources)).encode()).hexdigest()[:8]
+    origin = (
+        where if definition.needs_root else isd_ray.__version__
+    )  # a newer generator may draw other images
+    digest = hashlib.sha256(repr((origin, definition.sources)).encode()).hexdigest()[:8]
     folder = str(cache / f"{definition.cache or definition.name}-{digest}")
     tables: dict[str, pa.Table] = {}
     for split, sources in definition.sources.items():

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-from PIL import Image
+from PIL import ExifTags, Image
 from pyarrow import fs as pafs
 
 from isd_ray.data.files import absolute, list_files, open_filesystem, write_whole
@@ -276,6 +276,8 @@ class _Scan:
         assert stream is not None  # a regular file
         with Image.open(stream, formats=IMAGE_FORMATS) as picture:
             width, height = picture.size
+            if picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # stored lying on its side
+                width, height = height, width
         return {
             "offset": image.offset_data,
             "size": image.size,

@@ -2,31 +2,15 @@
 progress.
 """
 
-import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-PACKAGE = Path(__file__).parents[1]
-
-
-def start_ray() -> None:
-    """Join the running Ray (RAY_ADDRESS, `ray start`, `ray job submit`) or start a local one.
-
-    The package travels with the job: workers can import it on machines where it is not installed.
-    """
-    if not ray.is_initialized():
-        ray.init(
-            runtime_env={"py_modules": [str(PACKAGE)]},
-            include_dashboard=False,
-            logging_level=logging.WARNING,
-            log_to_driver=False,
-        )
+from isd_ray.session import start_ray
 
 
 def run_tasks(

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from isd_ray.data import index as index_table
+from isd_ray.data.blocks import BadImages, Blocks
 from isd_ray.data.plan import MEMORY_LIMIT, chunk_for, fits_memory, one_size, plan, rank_columns, shard_codes
 from isd_ray.data.read import Shape
-from isd_ray.data.source import BadImages, Source
 from isd_ray.data.views import View, get_views
 from isd_ray.errors import UserError, nearest
 
@@ -87,7 +87,7 @@ class Stream:
         self._shards = shard_codes(table)
         self._labels = torch.from_numpy(index_table.labels(table))
         self._bad = BadImages(table, max_bad)
-        self._source = Source(table)
+        self._blocks = Blocks(table)
         self._memory: tuple[Tensor, np.ndarray] | None = None
 
     @property
@@ -128,7 +128,7 @@ class Stream:
         )
         local = rows.shape[1]
         ranges = [(a * local, b * local) for a, b in _windows(start, len(rows), self.chunk, local)]
-        blocks = self._source.read(rows.ravel(), position.ravel(), ranges, local, shape, self.world)
+        blocks = self._blocks.read(rows.ravel(), position.ravel(), ranges, local, shape, self.world)
         for step, block in enumerate(blocks, start):
             good = self._bad.note(block)
             row = block["row"][good]
@@ -148,7 +148,7 @@ class Stream:
             width, height = one_size(self.table) or (0, 0)
             images = torch.empty(self.table.num_rows, 3, height, width, dtype=torch.uint8)
             is_good = np.zeros(self.table.num_rows, dtype=bool)
-            for block in _in_order(self._source, Shape((height, width)), TASK_IMAGES, self.world):
+            for block in _in_order(self._blocks, Shape((height, width)), TASK_IMAGES, self.world):
                 images.numpy()[block["row"]] = block["image"][:, 0]
                 is_good[block["row"]] = self._bad.note(block)
             self._memory = images, is_good
@@ -172,17 +172,17 @@ def ordered(table: pa.Table, *, size: int, batch: int = 256, max_bad: float = 0.
     shape = Shape(whole[::-1]) if whole else Shape((size, size), center=True)
     labels = torch.from_numpy(index_table.labels(table))
     bad = BadImages(table, max_bad)
-    for block in _in_order(Source(table), shape, batch):
+    for block in _in_order(Blocks(table), shape, batch):
         good = bad.note(block)
         index = torch.from_numpy(block["row"][good])
         yield Batch(torch.from_numpy(block["image"][good]), index, labels[index], index, epoch=0, seed=0)
 
 
-def _in_order(source: Source, shape: Shape, batch: int, world: int = 1) -> Iterator[dict[str, np.ndarray]]:
-    rows = np.arange(source.table.num_rows)
+def _in_order(reader: Blocks, shape: Shape, batch: int, world: int = 1) -> Iterator[dict[str, np.ndarray]]:
+    rows = np.arange(reader.table.num_rows)
     step = batch * max(1, TASK_IMAGES // batch)
     ranges = [(a, min(a + step, len(rows))) for a in range(0, len(rows), step)]
-    yield from source.read(rows, rows, ranges, batch, shape, world)
+    yield from reader.read(rows, rows, ranges, batch, shape, world)
 
 
 def _windows(start: int, steps: int, chunk: int, local: int) -> list[tuple[int, int]]:

@@ -1,7 +1,6 @@
 """A target that does not chase the student: the exponential moving average (EMA) of its weights."""
 
 import copy
-import math
 from typing import Any
 
 import torch
@@ -33,13 +32,3 @@ class Teacher(nn.Module):
         if own.keys() != other.keys():
             raise ValueError(f"student and teacher differ in parameters: {sorted(own.keys() ^ other.keys())}")
         torch._foreach_lerp_(list(own.values()), [other[name] for name in own], 1.0 - momentum)
-
-
-def cosine_momentum(start: float, step: int, total: int) -> float:
-    """Momentum from `start` at step 0 to 1 at step `total` along a half cosine (BYOL, Grill et al. 2020)."""
-    return 1.0 - (1.0 - start) * (math.cos(math.pi * min(step, total) / total) + 1.0) / 2.0
-
-
-def constant_momentum(start: float, step: int, total: int) -> float:
-    """The same momentum at every step (MoCo, ISD)."""
-    return start

@@ -132,7 +132,7 @@ def queue_diagnostics(
     out = {"teacher_entropy": entropy.mean(), "teacher_top1": top.mean()}
     if index is not None:
         everything, others = queue.read(k, temperature)[1], queue.read(k, temperature, exclude=index)[1]
-        out["own_mass"] = -torch.expm1(others - everything).mean()
+        out["own_mass"] = (-torch.expm1(others - everything)).clamp_min(0).mean() + 0.0  # no "-0"
     if label is not None:
         present = similarity > -torch.inf
         same = (neighbour == label.to(neighbour.device)[:, None]) & (neighbour >= 0) & present

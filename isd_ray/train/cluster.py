@@ -45,7 +45,7 @@ def run_workers(
     """Run `function` on every Ray Train worker; an error of a worker comes out as the error that it was."""
 
     printer = None if config.train.workers == 0 else Printer()
-    lines = printer and printer.lines
+    lines = printer.lines if printer else None
 
     def worker_loop(_: dict[str, Any]) -> None:
         context = ray.train.get_context()
@@ -86,7 +86,7 @@ class Outbox:
 
     def write(self, text: str) -> None:
         """Send the text; training goes on without waiting for it to be printed."""
-        self.lines.actor.put_nowait.remote(text)
+        self.lines.actor.put_nowait.remote(text)  # type: ignore[attr-defined]
 
     def flush(self) -> None:
         """Nothing is held back."""

@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from isd_ray.config import Config
+from isd_ray.config import Config, flatten
 from isd_ray.errors import UserError
 from isd_ray.train.folder import RunFolder, checkpoint_names
+from isd_ray.train.loggers import open_loggers
 from isd_ray.train.progress import MetricsWriter, Progress
 from isd_ray.train.state import Worker
 
@@ -34,6 +35,8 @@ class Log:
             batch = config.train.batch_size
             self.progress = Progress(config.train.epochs, steps, batch, start_step=step, out=worker.out)
             self.metrics = MetricsWriter(folder.uri, start_step=step)
+            run, options = folder.uri.rsplit("/", 1)[-1], flatten(config.model_dump())
+            self.loggers = open_loggers(config.train.loggers, run, options)
 
     def waiting(self, batches: Iterable[T]) -> Iterator[T]:
         """Pass the batches on and count the time that they made the loop wait."""
@@ -91,7 +94,10 @@ class Log:
         images = self.count * self.config.train.batch_size / seconds
         speed = {"images_per_second": round(images, 1), "wait_share": round(waited, 4)}
         epoch = (step - 1) // self.steps
-        self.metrics.write({"step": step, "epoch": epoch, "loss": loss, "lr": rate, **speed, **diagnostics})
+        numbers = {"epoch": epoch, "loss": loss, "lr": rate, **speed, **diagnostics}
+        self.metrics.write({"step": step} | numbers)
+        for send in self.loggers:
+            send(step, numbers)
 
     def not_finite(self, step: int) -> str:
         """Say where the loss broke and what is left."""

@@ -1,6 +1,7 @@
 """A whole run: what it leaves behind, that it can be fed back and continued, and what it refuses."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torchvision.models import resnet18
 import isd_ray
 from isd_ray import interop
 from isd_ray.config import parse, resolve
+from isd_ray.data.index import read_index
 from isd_ray.errors import UserError
 from isd_ray.models.backbones import build_backbone
 from isd_ray.train.folder import RunFolder, load_checkpoint
@@ -137,6 +139,32 @@ def test_bad_input_is_one_line(tiny_options, change, words):
         isd_ray.pretrain(tiny_options | change)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_broken_images_are_listed_and_skipped_up_to_the_limit(tiny_options, tiny_shards, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_shards, broken)
+    rows = read_index(str(broken / "train")).to_pylist()
+    for row in (rows[3], rows[77]):
+        with open(broken / "train" / row["shard"], "r+b") as tar:
+            tar.seek(row["offset"])
+            tar.write(b"<html>not an image</html>")
+    options = tiny_options | {"data.shards": str(broken), "train.epochs": 1}
+    with pytest.raises(UserError, match=r"2 of 160 images are broken.*max_bad"):
+        isd_ray.pretrain(options | {"name": "strict"})
+    isd_ray.pretrain(options | {"name": "lenient", "data.max_bad": 0.05})
+    for name in ("strict", "lenient"):
+        lines = RunFolder(f"{options['output']}/{name}").read("bad_samples.jsonl").decode().splitlines()
+        assert {json.loads(line)["key"] for line in lines} == {rows[3]["key"], rows[77]["key"]}
+    assert checkpoint(options | {"name": "lenient"})["step"] == 10
+
+
+@pytest.mark.parametrize(
+    "change", [{"train.precision": "bfloat16"}, {"train.optimizer": "lars"}, {"train.optimizer": "adamw"}]
+)
+def test_other_precision_and_optimisers_train(tiny_options, change):
+    isd_ray.pretrain(tiny_options | {"train.epochs": 1} | change)
+    assert all(torch.isfinite(w.float()).all() for w in checkpoint(tiny_options)["method"].values())
 
 
 def test_a_queue_beyond_a_quarter_of_the_data_is_announced(tiny_options, capsys):

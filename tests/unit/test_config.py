@@ -1,9 +1,11 @@
 """Layers win in their order, everything can be fed back, and every mistake is named with its nearest right name."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
-from isd_ray.config import merge, option_names, parse, read_yaml, resolve, to_yaml
+from isd_ray.config import flatten, merge, option_names, parse, read_yaml, resolve, to_yaml
 from isd_ray.errors import UserError
 
 
@@ -86,3 +88,13 @@ def test_help_names_every_option(capsys):
 
 def test_saved_yaml_is_plain():
     assert yaml.safe_load(to_yaml(resolve({})))["train"]["workers"] >= 0
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted((Path(__file__).parents[2] / "jobs/recipes").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_every_recipe_resolves(recipe):
+    config = parse(["--config", str(recipe)])
+    given = flatten(merge(read_yaml(recipe)))
+    resolved = flatten(config.model_dump())
+    assert {name: resolved[name] for name in given} == given

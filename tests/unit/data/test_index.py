@@ -9,7 +9,7 @@ import pytest
 import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 from pyarrow import fs as pafs
 from webdataset.writer import TarWriter
 
@@ -56,6 +56,16 @@ def test_rows_give_the_bytes_and_sizes_of_the_images(tmp_path):
     for i, row in enumerate(table.to_pylist()):
         assert content[row["offset"] : row["offset"] + row["size"]] == picture(i + 1, 4)
         assert (row["key"], row["label"], row["width"], row["height"]) == (f"a/{i:03d}", i % 3, i + 1, 4)
+
+
+def test_a_picture_stored_on_its_side_is_indexed_upright(tmp_path):
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(np.zeros((4, 9, 3), np.uint8)).save(buffer, "JPEG", exif=exif)
+    write(tmp_path / "a.tar", [("x.jpg", buffer.getvalue())])
+    table, bad = scan(tmp_path / "a.tar")
+    assert bad == []
+    assert (table["width"][0].as_py(), table["height"][0].as_py()) == (4, 9)
 
 
 @settings(max_examples=15, deadline=None)

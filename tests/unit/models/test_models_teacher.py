@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from isd_ray.models.heads import mlp
-from isd_ray.models.teacher import Teacher, constant_momentum, cosine_momentum
+from isd_ray.models.teacher import Teacher
 
 
 def moved(seed: int = 0) -> tuple[nn.Module, Teacher]:
@@ -66,10 +66,3 @@ def test_a_different_student_is_refused():
     _, teacher = moved()
     with pytest.raises(ValueError, match=r"3\.bias"):
         teacher.update(mlp([4, 8, 4], last_bias=False), 0.5)
-
-
-def test_momentum_schedules():
-    assert cosine_momentum(0.99, 0, 100) == pytest.approx(0.99)
-    assert cosine_momentum(0.99, 50, 100) == pytest.approx(0.995)
-    assert cosine_momentum(0.99, 100, 100) == cosine_momentum(0.99, 120, 100) == 1.0
-    assert constant_momentum(0.99, 50, 100) == 0.99

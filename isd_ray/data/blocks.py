@@ -23,10 +23,11 @@ AHEAD = 2  # batches fetched before they are asked for
 TASK_CPUS = 0  # workers may hold every CPU, and tasks must run all the same: their number is bounded instead
 # Three lines of the executor a dataset are too many when every epoch is one.
 logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
+logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that there is no progress bar
 TASK_RETRIES = 2  # after the death of a process; Ray Data's own default is for ever, which looks like a hang
 
 
-class Source:
+class Blocks:
     """Reads rows of one index: through Ray Data where Ray runs, else with the same operator in this process."""
 
     def __init__(self, table: pa.Table):
