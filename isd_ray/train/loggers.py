@@ -1,4 +1,4 @@
-"""Metrics also to Weights & Biases or MLflow, where a team looks at them (extra `loggers`; TensorBoard needs nothing)."""
+"""Metrics also to Weights & Biases or MLflow, where a team looks at them (the extra `loggers` installs both)."""
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence

@@ -29,8 +29,8 @@ from isd_ray.train.state import build_state
 # Options that may change between the start of a run and its continuation: they do not change what is learned.
 FREE = {
     "name", "output", "address", "data.root", "data.shards", "data.download", "data.cache", "train.workers",
-    "train.threads", "train.log_every", "train.loggers", "train.checkpoint_seconds", "train.keep_checkpoints", "train.max_failures",
-    "train.device", "train.gpus_per_worker", "queue.layout",
+    "train.threads", "train.log_every", "train.loggers", "train.checkpoint_seconds", "train.keep_checkpoints",
+    "train.max_failures", "train.device", "train.gpus_per_worker", "queue.layout",
 }  # fmt: skip
 FREE_SECTIONS = ("evaluate.",)
 
