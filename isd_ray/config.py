@@ -17,6 +17,8 @@ from isd_ray.errors import UserError, nearest
 
 Layer = Mapping[str, Any]
 MAPPINGS = ("data.scheme_options",)  # options whose value is itself a mapping
+# Options that a method has only if its published defaults name them; the method's own name is none of them.
+OF_METHODS = ("method.", "queue.exclude_own")
 
 
 class Section(BaseModel):
@@ -76,14 +78,39 @@ class ModelConfig(Section):
 
 
 class MethodConfig(Section):
-    """The self-supervised method; None means the method's published value."""
+    """The self-supervised method. None: the method's published value, or that it has no such option."""
 
-    name: str = Field("isd", description="isd, isd_r18 or isd_plus")
-    temperature: float = Field(0.02, gt=0, description="Temperature of the student's similarities")
-    temperature_teacher: float = Field(0.02, gt=0, description="Temperature of the teacher's similarities")
-    momentum: float = Field(0.99, ge=0, le=1, description="EMA momentum of the teacher")
-    momentum_schedule: Literal["constant", "cosine"] = Field(
-        "constant", description="cosine: grows to 1 over the run"
+    name: str = Field(
+        "isd",
+        description="isd, isd_r18, isd_plus, moco_v2, simclr, byol, byol_asym, simsiam, ressl, sce, co2 or msf",
+    )
+    temperature: float | None = Field(
+        None,
+        gt=0,
+        description="Temperature of the (student's) similarities; not byol, byol_asym, simsiam, msf",
+    )
+    temperature_teacher: float | None = Field(
+        None, gt=0, description="Temperature of the teacher's similarities (isd*, ressl, sce)"
+    )
+    temperature_consistency: float | None = Field(
+        None, gt=0, description="Temperature of both sides of the consistency term (co2)"
+    )
+    weight: float | None = Field(
+        None,
+        ge=0,
+        description="Share of the positive in the target (sce), factor of the consistency term (co2)",
+    )
+    neighbours: int | None = Field(
+        None, ge=1, description="Nearest anchors that are pulled to, the key itself included (msf)"
+    )
+    symmetric: bool | None = Field(
+        None, description="Also with the views swapped, at twice the cost (moco_v2)"
+    )
+    momentum: float | None = Field(
+        None, ge=0, le=1, description="EMA momentum of the teacher; not simclr, simsiam"
+    )
+    momentum_schedule: Literal["constant", "cosine"] | None = Field(
+        None, description="cosine: momentum grows to 1 over the run; not simclr, simsiam"
     )
     views: list[str] = Field(
         ["strong", "strong"], description="View recipe of the student and of the teacher"
@@ -91,7 +118,7 @@ class MethodConfig(Section):
 
 
 class QueueConfig(Section):
-    """The queue of anchors."""
+    """The queue of anchors. Methods without one (simclr, byol, byol_asym, simsiam) ignore it."""
 
     size: int = Field(4096, ge=1, description="Anchors in the queue, over all workers")
     layout: Literal["replicated", "sharded"] = Field(
@@ -100,7 +127,9 @@ class QueueConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Stored precision of anchors"
     )
-    exclude_own: bool = Field(True, description="Mask anchors that come from the query's own image")
+    exclude_own: bool | None = Field(
+        None, description="Mask anchors that come from the query's own image; not msf"
+    )
     init: Literal["empty", "unit", "isd_v1"] = Field("empty", description="Anchors before the first step")
 
 
@@ -238,11 +267,14 @@ def resolve(*layers: Layer) -> Config:
     given = merge(*layers)
     _refuse_unknown_keys(given)
     definition = load_definition(validate(_only(given, "data.dataset")).data.dataset)
-    chosen = validate(_only(merge(definition.defaults, given), "method.name"))
+    name = validate(_only(merge(definition.defaults, given), "method.name")).method.name
+    method = find_method(name).defaults
+    own = {o: v for o, v in flatten(given).items() if v is not None or not _of_methods(o)}
+    _refuse_options_of_others(name, own)
     images = {f"data.{name}": getattr(definition, name) for name in ("image_size", "mean", "std")}
-    per_method = definition.methods.get(chosen.method.name, {})
-    method = find_method(chosen.method.name).defaults
-    return validate(merge(method, images, definition.defaults, per_method, given))
+    chosen = flatten(merge(definition.defaults, definition.methods.get(name, {})))
+    dataset = {o: v for o, v in chosen.items() if o in method or not _of_methods(o)}
+    return validate(merge(method, images, dataset, own))
 
 
 def validate(values: Layer) -> Config:
@@ -319,6 +351,23 @@ def _refuse_unknown_keys(given: Layer) -> None:
     ]
     if wrong:
         raise UserError("; ".join(wrong) + " --help lists the options")
+
+
+def _of_methods(option: str) -> bool:
+    return option.startswith(OF_METHODS) and option != "method.name"
+
+
+def _refuse_options_of_others(name: str, given: Layer) -> None:
+    """Refuse what the user set and the method does not have; say which methods do."""
+    from isd_ray.methods import METHODS
+
+    wrong = []
+    for option in given:
+        if _of_methods(option) and option not in METHODS[name].defaults:
+            owners = ", ".join(other for other, method in METHODS.items() if option in method.defaults)
+            wrong.append(f"--{option}: method '{name}' has no such option; these have it: {owners}")
+    if wrong:
+        raise UserError("; ".join(wrong))
 
 
 def _refuse_unknown_flags(arguments: Sequence[str]) -> None:

@@ -7,9 +7,30 @@ from torch import nn
 
 from isd_ray.errors import UserError, nearest
 from isd_ray.methods.base import Method, Output
+from isd_ray.methods.byol import BYOL, BYOLAsym
+from isd_ray.methods.co2 import CO2
 from isd_ray.methods.isd import ISD, ISDR18, ISDPlus, initial_keys
+from isd_ray.methods.moco import MoCoV2
+from isd_ray.methods.msf import MSF
+from isd_ray.methods.ressl import ReSSL
+from isd_ray.methods.sce import SCE
+from isd_ray.methods.simclr import SimCLR
+from isd_ray.methods.simsiam import SimSiam
 
-METHODS: dict[str, type[Method]] = {"isd": ISD, "isd_r18": ISDR18, "isd_plus": ISDPlus}
+METHODS: dict[str, type[Method]] = {
+    "isd": ISD,
+    "isd_r18": ISDR18,
+    "isd_plus": ISDPlus,
+    "moco_v2": MoCoV2,
+    "simclr": SimCLR,
+    "byol": BYOL,
+    "byol_asym": BYOLAsym,
+    "simsiam": SimSiam,
+    "ressl": ReSSL,
+    "sce": SCE,
+    "co2": CO2,
+    "msf": MSF,
+}
 
 __all__ = ["METHODS", "Method", "Output", "build_method", "find_method", "initial_keys", "options_of"]
 
@@ -22,15 +43,16 @@ def find_method(name: str) -> type[Method]:
     return METHODS[name]
 
 
-def build_method(name: str, backbone: nn.Module, queue: Any, **options: Any) -> Method:
-    """Build a method on a backbone and a queue of `find_method(name).embedding_dim(backbone.dim)` columns.
+def build_method(name: str, backbone: nn.Module, queue: Any = None, **options: Any) -> Method:
+    """Build a method on a backbone and, where `find_method(name).uses_queue`, on a queue of
+    `find_method(name).embedding_dim(backbone.dim)` columns.
 
     options: the keyword arguments of its constructor. Raises UserError for one that it does not have.
     """
     method: Any = find_method(name)
     for option in options:
         _refuse_unknown(name, option)
-    return method(backbone, queue, **options)
+    return method(backbone, queue, **options) if method.uses_queue else method(backbone, **options)
 
 
 def options_of(name: str) -> tuple[str, ...]:

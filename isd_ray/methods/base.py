@@ -1,10 +1,15 @@
 """Methods differ in heads, views and loss; the loop, the evaluation and the checkpoints see none of that."""
 
+from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from isd_ray.errors import UserError
+from isd_ray.models.teacher import Teacher
 
 
 class Output(NamedTuple):
@@ -22,15 +27,20 @@ class Method(nn.Module):
     nothing between the two calls here depends on it.
 
     views: the augmentation recipe of each entry of `forward`'s list, in its order.
-    defaults: dotted config names -> values of the published recipe; what the user sets goes before them.
+    defaults: dotted config names -> values of the published recipe; what the user sets goes before them. A
+        method has exactly those options `method.*`, and `queue.exclude_own`, that stand here.
+    uses_queue: whether the constructor takes a queue of anchors, after the backbone.
+    constant_lr: submodules whose learning rate stays at its peak while the schedule lowers the others.
     """
 
     views: tuple[str, ...]
     defaults: ClassVar[dict[str, Any]] = {}
+    uses_queue: ClassVar[bool] = True
+    constant_lr: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def embedding_dim(cls, backbone_dim: int) -> int:
-        """Width of the embeddings in the queue; known before a backbone or a queue exists."""
+        """Width of the embeddings in the queue, where there is one; known before a backbone or a queue exists."""
         raise NotImplementedError
 
     @classmethod
@@ -53,8 +63,50 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def encoders(self) -> dict[str, nn.Module]:
-        """The backbones to evaluate, by name."""
+        """The backbones to evaluate, by name: the student, and the teacher where there is one."""
         raise NotImplementedError
+
+
+class StudentTeacher(Method):
+    """A student (backbone, projector), a predictor that it alone has, and a teacher: the student's EMA."""
+
+    def __init__(self, backbone: nn.Module, projector: nn.Module, predictor: nn.Module) -> None:
+        super().__init__()
+        self.predictor = predictor
+        self.student = encoder(backbone, projector)
+        self.teacher = Teacher(self.student)
+
+    def query(self, view: Tensor) -> Tensor:
+        """Unit embeddings q [b, D] of the student."""
+        return unit(self.predictor(self.student(view)))
+
+    def key(self, view: Tensor) -> Tensor:
+        """Unit embeddings k [b, D] of the teacher, without gradient."""
+        return unit(self.teacher(view))
+
+    def update_teacher(self, momentum: float) -> None:
+        self.teacher.update(self.student, momentum)
+
+    def encoders(self) -> dict[str, nn.Module]:
+        networks = {"student": self.student, "teacher": self.teacher.network}
+        return {name: network.get_submodule("backbone") for name, network in networks.items()}
+
+
+def encoder(backbone: nn.Module, projector: nn.Module) -> nn.Sequential:
+    """Images [b, 3, S, S] -> embeddings [b, D]."""
+    return nn.Sequential(OrderedDict(backbone=backbone, projector=projector))
+
+
+def width(backbone: nn.Module) -> int:
+    """Width of the features of a backbone."""
+    return int(backbone.dim)  # type: ignore[arg-type]
+
+
+def two_views(method: str, views: Sequence[str]) -> tuple[str, ...]:
+    """`views` as a pair; raises UserError for another number."""
+    if len(views) != 2:
+        raise UserError(f"{method} takes two views (student, teacher), not {len(views)}: {list(views)}.")
+    return tuple(views)
 
 
 def unit(x: Tensor) -> Tensor:
@@ -73,3 +125,9 @@ def spread(x: Tensor) -> Tensor:
     1 means that the batch fills the sphere, 0 that all embeddings are equal (collapse).
     """
     return x.std(dim=0, unbiased=False).mean() * x.shape[1] ** 0.5
+
+
+@torch.no_grad()
+def spreads(q: Tensor, k: Tensor) -> dict[str, Tensor]:
+    """`spread` of the student's and the teacher's embeddings, as diagnostics."""
+    return {"spread_student": spread(q), "spread_teacher": spread(k)}

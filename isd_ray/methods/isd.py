@@ -9,7 +9,6 @@ distribution over them:
     loss = KL(softmax(A k / temperature_teacher) || softmax(A q / temperature))
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -18,15 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isd_ray.errors import UserError, nearest
-from isd_ray.methods.base import Method, Output, full_precision, spread, unit
+from isd_ray.methods.base import Output, StudentTeacher, full_precision, spreads, two_views, width
 from isd_ray.models.heads import mlp
-from isd_ray.models.teacher import Teacher
 from isd_ray.queue.losses import queue_diagnostics, similarity_kl
 
 QUEUE_INITS = ("empty", "unit", "isd_v1")
 
 
-class ISD(Method):
+class ISD(StudentTeacher):
     """ISD without a projector: the anchors are the features themselves, predictor d -> d -> d (`isd`).
 
     backbone: images -> features [b, backbone.dim]; queue: of `embedding_dim(backbone.dim)` columns.
@@ -43,6 +41,7 @@ class ISD(Method):
         "method.temperature": 0.02,
         "method.temperature_teacher": 0.02,
         "method.momentum": 0.99,
+        "method.momentum_schedule": "constant",
         "method.views": ["strong", "strong"],
         "queue.size": 4096,
         "queue.exclude_own": True,
@@ -67,14 +66,11 @@ class ISD(Method):
         views: Sequence[str] | None = None,
         exclude_own: bool = True,
     ) -> None:
-        super().__init__()
-        projector, self.predictor = self.heads(int(backbone.dim))  # type: ignore[arg-type]
-        self.student = nn.Sequential(OrderedDict(backbone=backbone, projector=projector))
-        self.teacher = Teacher(self.student)
+        super().__init__(backbone, *self.heads(width(backbone)))
         self.queue = queue  # neither module nor buffer: its state is saved apart, in global order of age
         self.temperature: float = self.option("temperature", temperature)
         self.temperature_teacher: float = self.option("temperature_teacher", temperature_teacher)
-        self.views = _student_and_teacher(self.option("views", views))
+        self.views = two_views("ISD", self.option("views", views))
         self.exclude_own = exclude_own
 
     @classmethod
@@ -86,15 +82,12 @@ class ISD(Method):
         """Projector (student and teacher) and predictor (student only) for features of width `dim`."""
         return nn.Identity(), mlp([dim, dim, dim], bias=False)
 
-    def update_teacher(self, momentum: float) -> None:
-        self.teacher.update(self.student, momentum)
-
     def forward(
         self, views: list[Tensor], index: Tensor, label: Tensor | None = None, diagnose: bool = False
     ) -> Output:
         view_student, view_teacher = views
-        q = unit(self.predictor(self.student(view_student)))  # b x D
-        k = unit(self.teacher(view_teacher))  # b x D, no gradient
+        q = self.query(view_student)  # b x D
+        k = self.key(view_teacher)  # b x D, no gradient
         own = index if self.exclude_own else None
         with full_precision(q):
             loss = similarity_kl(
@@ -109,11 +102,7 @@ class ISD(Method):
         """Entropy, top mass, own-image mass and purity of the teacher; spread of both networks."""
         own = index if self.exclude_own else None
         numbers = queue_diagnostics(self.queue, k, self.temperature_teacher, index, label, exclude=own)
-        return {**numbers, "spread_student": spread(q), "spread_teacher": spread(k)}
-
-    def encoders(self) -> dict[str, nn.Module]:
-        networks = {"student": self.student, "teacher": self.teacher.network}
-        return {name: network.get_submodule("backbone") for name, network in networks.items()}
+        return numbers | spreads(q, k)
 
 
 class ISDR18(ISD):
@@ -160,9 +149,3 @@ def initial_keys(kind: str, size: int, dim: int, generator: torch.Generator | No
     if kind == "empty":
         return torch.empty(0, dim)
     return F.normalize(torch.randn(size, dim, generator=generator), dim=1 if kind == "unit" else 0)
-
-
-def _student_and_teacher(views: Sequence[str]) -> tuple[str, ...]:
-    if len(views) != 2:
-        raise UserError(f"ISD takes two views (student, teacher), not {len(views)}: {list(views)}.")
-    return tuple(views)

@@ -1,4 +1,4 @@
-"""The collectives of the queue: rows of several tensors travel as bytes in one call, whatever their types.
+"""The collectives of queue and methods: rows of several tensors travel as bytes in one call, whatever their types.
 
 Ranks may hold different numbers of rows; they are padded to the largest. Every function is called by all
 ranks of the group in the same order.
@@ -7,6 +7,35 @@ ranks of the group in the same order.
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def all_gather(rows: Tensor) -> Tensor:
+    """The rows [n, ...] of all ranks, in rank order and differentiable; `rows` itself where there is one rank.
+
+    The gradient of `rows` is the sum, over the ranks, of the gradients of these rows in each rank's loss. With
+    losses S_r this is the gradient of their sum; DDP then takes the mean over the W ranks, so that training
+    descends (sum_r S_r) / W. The loop scales each rank's mean over b_r of B rows to S_r = (b_r W / B) mean_r,
+    hence that is the mean over the global batch, and no factor is needed here.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return rows
+    return _AllGather.apply(rows)
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows):
+        counts = [n for (n,) in gather_numbers([len(rows)], rows.device, None)]
+        ctx.start, ctx.rows = sum(counts[: dist.get_rank()]), len(rows)
+        return gather_rows([rows], counts, None)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad[ctx.start : ctx.start + ctx.rows]
 
 
 def gather_numbers(

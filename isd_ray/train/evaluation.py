@@ -58,7 +58,7 @@ def evaluate_run(
 
 
 def networks(config: Config, folder: RunFolder, checkpoint: str | None) -> dict[str, nn.Module]:
-    """Return student and teacher of the checkpoint, and the backbone as it was before training."""
+    """Return student and (where there is one) teacher of the checkpoint, and the backbone before training."""
     state = build_state(config, torch.device("cpu"))
     untrained = build_state(config, torch.device("cpu")).method.encoders()["student"]
     saved = load_checkpoint(folder, checkpoint)

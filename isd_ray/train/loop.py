@@ -20,7 +20,7 @@ from isd_ray.data.stream import Batch, Stream
 from isd_ray.errors import UserError
 from isd_ray.train.folder import RunFolder, load_checkpoint, save_checkpoint
 from isd_ray.train.log import Log
-from isd_ray.train.optim import learning_rates, teacher_momenta
+from isd_ray.train.optim import learning_rates, set_rate, teacher_momenta
 from isd_ray.train.state import State, Worker, build_state, step_seed
 
 
@@ -71,8 +71,7 @@ def run_epochs(config: Config, folder: RunFolder, worker: Worker, stream: Stream
         epoch, start = divmod(state.step, stream.steps)
         for batch in log.waiting(stream.epoch(epoch, start=start)):
             rate, due = float(rates[state.step]), log.due(state.step + 1)
-            for group in state.optimizer.param_groups:
-                group["lr"] = rate
+            set_rate(state.optimizer, rate, config.train.lr)
             state.method.update_teacher(float(momenta[state.step]))
             loss, diagnostics = train_step(model, state, batch, config, worker, diagnose=due)
             log.add(loss)

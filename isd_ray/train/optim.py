@@ -1,6 +1,6 @@
 """Optimisers and schedules. A schedule is an array indexed by step, so resuming needs nothing but the step."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -30,24 +30,41 @@ def learning_rates(train: TrainConfig, steps_per_epoch: int) -> np.ndarray:
     return train.lr * factor * ramp
 
 
-def teacher_momenta(momentum: float, schedule: str, steps: int) -> np.ndarray:
-    """Return the teacher's EMA momentum of every step, float64 [steps].
+def teacher_momenta(momentum: float | None, schedule: str | None, steps: int) -> np.ndarray:
+    """Return the teacher's EMA momentum of every step, float64 [steps]; ones where there is no teacher (None).
 
     Cosine (BYOL, Grill et al. 2020): `1 - (1 - m0) * (cos(pi * step / steps) + 1) / 2`, from m0 to 1.
     """
+    if momentum is None:
+        return np.ones(steps)
     if schedule == "constant":
         return np.full(steps, momentum)
     return 1 - (1 - momentum) * (np.cos(np.pi * np.arange(steps) / steps) + 1) / 2
 
 
-def build_optimizer(module: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
-    """Build the optimiser over the trainable parameters; the loop sets the learning rate of each step."""
-    groups = _parameter_groups(module.named_parameters(), train)
+def build_optimizer(
+    module: nn.Module, train: TrainConfig, constant: Sequence[str] = ()
+) -> torch.optim.Optimizer:
+    """Build the optimiser over the trainable parameters; `set_rate` sets the learning rate of each step.
+
+    constant: submodules that keep the peak learning rate throughout (SimSiam's predictor).
+    """
+    fixed = tuple(f"{name}." for name in constant)
+    groups = []
+    for stays in (False, True):
+        part = [(name, p) for name, p in module.named_parameters() if name.startswith(fixed) == stays]
+        groups += [group | {"constant": stays} for group in _parameter_groups(part, train) if group["params"]]
     if train.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=train.lr)
     if train.optimizer == "lars":
         return Lars(groups, lr=train.lr, momentum=train.sgd_momentum)
     return torch.optim.SGD(groups, lr=train.lr, momentum=train.sgd_momentum)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float, peak: float) -> None:
+    """Set the learning rate of the step: `peak` for the parameters whose rate is constant."""
+    for group in optimizer.param_groups:
+        group["lr"] = peak if group.get("constant") else rate
 
 
 def _parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], train: TrainConfig) -> list[dict]:

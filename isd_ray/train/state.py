@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from isd_ray.config import Config
-from isd_ray.methods import Method, build_method, find_method, initial_keys
+from isd_ray.methods import Method, build_method, find_method, initial_keys, options_of
 from isd_ray.models.backbones import build_backbone
 from isd_ray.queue import DistributedQueue
+from isd_ray.queue.exchange import all_gather
 from isd_ray.train.optim import build_optimizer
 
 
@@ -26,10 +27,13 @@ class Worker:
 
 @dataclass
 class State:
-    """Everything that changes while training. `step` counts finished optimiser steps."""
+    """Everything that changes while training; `queue` is None for a method without one.
+
+    `step` counts finished optimiser steps.
+    """
 
     method: Method
-    queue: DistributedQueue
+    queue: DistributedQueue | None
     optimizer: torch.optim.Optimizer
     step: int = 0
 
@@ -39,14 +43,15 @@ class State:
             "step": self.step,
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "queue": self.queue.state_dict(),
+            "queue": None if self.queue is None else self.queue.state_dict(),
         }
 
     def load(self, saved: dict[str, Any]) -> None:
         """Continue from `saved`, whatever number of workers saved it."""
         self.method.load_state_dict(saved["method"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.queue.load_state_dict(saved["queue"])
+        if self.queue is not None:
+            self.queue.load_state_dict(saved["queue"])
         self.step = saved["step"]
 
 
@@ -55,22 +60,22 @@ def build_state(config: Config, device: torch.device) -> State:
     torch.manual_seed(config.train.seed)
     model, size = config.model, config.data.image_size
     backbone = build_backbone(model.backbone, stem=model.stem, image_size=size)
-    dim = find_method(config.method.name).embedding_dim(int(backbone.dim))  # type: ignore[arg-type]
-    queue = build_queue(config, dim, device)
-    method = build_method(
-        config.method.name,
-        backbone,
-        queue,
-        temperature=config.method.temperature,
-        temperature_teacher=config.method.temperature_teacher,
-        views=config.method.views,
-        exclude_own=config.queue.exclude_own,
-    )
+    name, queue = config.method.name, None
+    if find_method(name).uses_queue:
+        dim = find_method(name).embedding_dim(int(backbone.dim))  # type: ignore[arg-type]
+        queue = build_queue(config, dim, device)
+    method = build_method(name, backbone, queue, **method_options(config))
     if config.train.sync_batch_norm:
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
     method.to(device)
     method.to(memory_format=torch.channels_last)
-    return State(method, queue, build_optimizer(method, config.train))
+    return State(method, queue, build_optimizer(method, config.train, constant=method.constant_lr))
+
+
+def method_options(config: Config) -> dict[str, Any]:
+    """Return the arguments that the method's constructor takes, and no others."""
+    values = config.method.model_dump() | {"exclude_own": config.queue.exclude_own, "gather": all_gather}
+    return {option: values[option] for option in options_of(config.method.name)}
 
 
 def build_queue(config: Config, dim: int, device: torch.device) -> DistributedQueue:

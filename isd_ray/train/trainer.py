@@ -20,6 +20,7 @@ from isd_ray.config import Config, flatten, merge, to_yaml, validate
 from isd_ray.data.catalog import Splits, open_dataset
 from isd_ray.errors import UserError
 from isd_ray.evaluate.table import print_table
+from isd_ray.methods import find_method
 from isd_ray.train import cluster
 from isd_ray.train.evaluation import evaluate_run
 from isd_ray.train.folder import RunFolder, checkpoint_names, load_checkpoint
@@ -118,12 +119,14 @@ def open_splits(config: Config) -> Splits:
 
 
 def check_sizes(config: Config, table: pa.Table) -> None:
-    """Compare queue and batch with the number of images; say what a large queue means."""
+    """Compare batch and queue (of a method that has one) with the number of images; say what a large queue means."""
     images, queue = table.num_rows, config.queue.size
     if not images:
         raise UserError(f"data set {config.data.dataset}: no images; check --data.root or --data.shards")
     if config.train.batch_size > images:
         raise UserError(f"--train.batch_size {config.train.batch_size}: the data set has {images:,} images")
+    if not find_method(config.method.name).uses_queue:
+        return
     if queue > images:
         raise UserError(
             f"--queue.size {queue}: the data set has {images:,} images; use at most a quarter ({images // 4:,})"

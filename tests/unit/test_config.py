@@ -6,7 +6,9 @@ import pytest
 import yaml
 
 from isd_ray.config import flatten, merge, option_names, parse, read_yaml, resolve, to_yaml
+from isd_ray.data.catalog import load_definition, names
 from isd_ray.errors import UserError
+from isd_ray.methods import METHODS
 
 
 def test_command_line_wins_over_file_and_defaults(tmp_path):
@@ -23,6 +25,43 @@ def test_method_defaults_apply_below_the_user(tmp_path):
     assert (chosen.method.temperature, chosen.method.temperature_teacher) == (0.5, 0.01)
     lower = resolve({"method.name": "isd_plus", "data.dataset": "cifar10_lt"})
     assert lower.method.temperature_teacher == 0.05  # the data set's own value for this method
+
+
+def test_a_method_has_its_own_options_and_no_others():
+    for name, method in METHODS.items():
+        for dataset in ("imagenet", "embedded_lt", "cifar10_lt"):
+            flat = flatten(resolve({"method.name": name, "data.dataset": dataset}).model_dump())
+            given = {o for o, value in flat.items() if o.startswith("method.") and value is not None}
+            assert given - {"method.name"} == {o for o in method.defaults if o.startswith("method.")}
+            assert (flat["queue.exclude_own"] is not None) == ("queue.exclude_own" in method.defaults)
+
+
+def test_options_of_other_methods_are_refused_with_their_owners():
+    with pytest.raises(UserError, match=r"--method.neighbours: method 'isd' has no such option; .*: msf$"):
+        parse(["--method.name", "isd", "--method.neighbours", "3"])
+    with pytest.raises(
+        UserError, match=r"method.momentum: method 'simclr' .*: isd, .*moco_v2.*method.weight"
+    ):
+        resolve({"method": {"name": "simclr", "momentum": 0.9, "weight": 1.0}})
+    with pytest.raises(UserError, match=r"--queue.exclude_own: method 'msf' has no such option"):
+        parse(["--method.name", "msf", "--queue.exclude_own", "true"])
+    assert parse(["--queue.exclude_own", "false"]).queue.exclude_own is False
+    assert resolve({"method.name": "msf", "method.neighbours": 3}).method.neighbours == 3
+    assert resolve({"method.name": "isd", "method.momentum": None}).method.momentum == 0.97  # the data set's
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_resolved_config_of_every_method_feeds_back(name, tmp_path):
+    config = resolve({"method.name": name})
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert parse(["--config", str(path)]) == config
+
+
+@pytest.mark.parametrize("dataset", names())
+def test_data_sets_name_options_that_their_methods_have(dataset):
+    for name, options in load_definition(dataset).methods.items():
+        assert {o for o in options if o.startswith("method.")} <= METHODS[name].defaults.keys(), name
 
 
 def test_arguments_of_a_scheme_come_as_a_mapping():

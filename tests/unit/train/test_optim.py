@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from isd_ray.config import TrainConfig
-from isd_ray.train.optim import build_optimizer, learning_rates, teacher_momenta
+from isd_ray.train.optim import build_optimizer, learning_rates, set_rate, teacher_momenta
 
 
 def test_cosine_changes_once_an_epoch():
@@ -66,3 +66,20 @@ def test_sgd_equals_torch_sgd():
             module(x).square().sum().backward()
             optimizer.step()
     assert torch.equal(net.weight, twin.weight)
+
+
+def test_a_constant_part_keeps_the_peak_rate():
+    net = nn.ModuleDict({"student": nn.Linear(2, 2), "predictor": nn.Linear(2, 2)})
+    optimizer = build_optimizer(net, TrainConfig(lr=0.3, decay_norm_and_bias=False), constant=("predictor",))
+    set_rate(optimizer, 0.1, peak=0.3)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert {rates[id(p)] for p in net["student"].parameters()} == {0.1}
+    assert {rates[id(p)] for p in net["predictor"].parameters()} == {0.3}
+    again = build_optimizer(net, TrainConfig(lr=0.3, decay_norm_and_bias=False), constant=("predictor",))
+    again.load_state_dict(optimizer.state_dict())
+    set_rate(again, 0.2, peak=0.3)
+    assert sorted(group["lr"] for group in again.param_groups) == [0.2, 0.2, 0.3, 0.3]
+
+
+def test_without_a_teacher_the_momentum_is_one():
+    assert set(teacher_momenta(None, None, 5)) == {1.0}
