@@ -230,6 +230,9 @@ class DistributedQueue:
         self.begin = self.seen - len(keys)
         mine = slice(self.rank, None, self.world) if self.sharded else slice(None)
         self._ring = self._new_ring()
+        # A replicated ring holds position p in slot p % size. Kept so, a wrapped queue is read in the same two parts
+        # as before it was saved, and sums round alike: a run that continues ends in the same bits.
+        self._ring.start = self.begin % self._ring.capacity
         rows = [state[name][-self.size :][mine].to(self.device) for name in ("keys", "index", "label")]
         self._ring.append(rows[0].to(self.dtype), rows[1], rows[2], seen=len(rows[0]))
         self._ring.renumber(range(self.begin, self.seen)[mine])

@@ -41,6 +41,8 @@ class Ring:
         rows = keys.shape[0]
         if self.count + rows > self.capacity:
             self._grow(self.count + rows)
+        if not self.count and rows:
+            self.start = (self.start + seen - rows) % self.capacity  # as if the dropped rows had been there
         first = (self.start + self.count) % self.capacity if rows else 0
         head = min(rows, self.capacity - first)
         for store, new in ((self.keys, keys), (self.index, index), (self.label, label)):

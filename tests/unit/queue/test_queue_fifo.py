@@ -163,3 +163,20 @@ def test_foreign_states_are_refused():
     ):
         with pytest.raises(UserError, match=message):
             DistributedQueue(4, 3).load_state_dict(broken)
+
+
+@pytest.mark.parametrize("rows", [5, 16, 40])
+def test_a_loaded_queue_is_read_to_the_same_bits(rows):
+    """Wherever the ring has wrapped, and after batches that do not fit into it."""
+    generator = torch.Generator().manual_seed(0)
+    queue = DistributedQueue(32, 24)
+    for _ in range(9):
+        queue.enqueue(torch.randn(rows, 24, generator=generator))
+        again = DistributedQueue(32, 24)
+        again.load_state_dict(queue.state_dict())
+        x, keys = torch.randn(2, 64, 24, generator=generator)
+        for _ in range(3):
+            for ours, theirs in zip(queue.read(x, 0.3), again.read(x, 0.3), strict=True):
+                assert torch.equal(ours, theirs)
+            again.enqueue(keys[:7])
+            queue.enqueue(keys[:7])
