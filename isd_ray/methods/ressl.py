@@ -22,8 +22,8 @@ class ReSSL(StudentTeacher):
     """ReSSL: projector d -> 2d -> 512 without batch norm, no predictor (`ressl`).
 
     The hidden layer of the paper is 4096 wide, which is 2d for its ResNet-50. The published recipe is made
-    for ImageNet: momentum .999, queue 131 072, own anchors not excluded. The defaults keep temperatures,
-    views, SGD and warm-up; queue and momentum are those of the paper's small data sets.
+    for ImageNet: momentum .999, queue 131 072, own anchors not excluded, 5 epochs of warm-up in 200. The
+    defaults keep temperatures, views and SGD; queue and momentum are those of the paper's small data sets.
     """
 
     defaults: ClassVar[dict[str, Any]] = {
@@ -38,7 +38,6 @@ class ReSSL(StudentTeacher):
         "train.schedule": "cosine",
         "train.weight_decay": 1e-4,
         "train.decay_norm_and_bias": False,
-        "train.warmup_epochs": 5,
     }
 
     def __init__(

@@ -31,7 +31,7 @@ class SimCLR(Method):
 
     The published recipes have LARS with a warm-up of 10 epochs: ImageNet temperature .1, batches of 4096,
     lr .3 a 256 images, wd 1e-6; CIFAR-10 temperature .5, batches of 512, lr 1 a 256 images, wd 1e-4, 1000
-    epochs. The defaults keep the temperature, views and warm-up of CIFAR and replace LARS by SGD.
+    epochs. The defaults keep the temperature and views of CIFAR and replace LARS and its warm-up by plain SGD.
     """
 
     uses_queue: ClassVar[bool] = False
@@ -41,7 +41,6 @@ class SimCLR(Method):
         "train.lr": 0.25,
         "train.schedule": "cosine",
         "train.weight_decay": 1e-4,
-        "train.warmup_epochs": 10,
     }
 
     def __init__(

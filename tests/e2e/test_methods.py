@@ -16,8 +16,8 @@ HALF, WHOLE = "checkpoints/step-00000005.pt", "checkpoints/step-00000010.pt"
 
 @pytest.fixture
 def options(tiny_options):
-    """One epoch of 10 steps with a checkpoint in its middle; the tiny set has no options of methods."""
-    every = {"train.epochs": 1, "train.log_every": 5, "train.keep_checkpoints": 5, "train.warmup_epochs": 0}
+    """One epoch of 10 steps with a checkpoint in its middle."""
+    every = {"train.epochs": 1, "train.log_every": 5, "train.keep_checkpoints": 5}
     return tiny_options | every | {"method.views": ["strong", "weak"]}
 
 
