@@ -43,7 +43,6 @@ def run_workers(
     function: Callable[[Config, RunFolder, Worker], None], config: Config, folder: RunFolder, device: str
 ) -> None:
     """Run `function` on every Ray Train worker; an error of a worker comes out as the error that it was."""
-
     printer = None if config.train.workers == 0 else Printer()
     lines = printer.lines if printer else None
 
@@ -76,6 +75,7 @@ def run_workers(
     finally:
         if printer:
             printer.close()
+        folder.remove_folder("ray")  # Ray Train's own notes; ours are the checkpoints
 
 
 class Outbox:
