@@ -153,9 +153,7 @@ class TrainConfig(Section):
     gamma: float = Field(0.2, gt=0, le=1, description="Step schedule: factor of each drop")
     warmup_epochs: float = Field(0.0, ge=0, description="Epochs of linear warm-up from zero")
     workers: int = Field(1, ge=0, description="Ray Train workers; 0 trains inside this process")
-    threads: int = Field(
-        0, ge=0, description="Torch threads a CPU worker; 0: its share of this machine's cores"
-    )
+    threads: int = Field(0, ge=0, description="Torch threads a CPU worker; 0: its share of all cores but one")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: CUDA where the cluster has GPUs"
     )

@@ -276,7 +276,8 @@ class _Scan:
         assert stream is not None  # a regular file
         with Image.open(stream, formats=IMAGE_FORMATS) as picture:
             width, height = picture.size
-            if picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # stored lying on its side
+            exif = picture.getexif() if "exif" in picture.info else {}  # else PNG would be read to its end
+            if exif.get(ExifTags.Base.Orientation, 1) >= 5:  # stored lying on its side
                 width, height = height, width
         return {
             "offset": image.offset_data,

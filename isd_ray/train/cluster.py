@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TextIO, cast
 
 import ray
+import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer, get_device
 from ray.util.queue import Queue
@@ -39,11 +40,19 @@ def choose_device(config: Config) -> str:
     return "cpu"
 
 
+def default_threads(workers: int) -> int:
+    """Return the torch threads of a CPU worker: its share of all cores but one, which data and Ray need.
+
+    A thread too many costs more than it brings: a parallel region waits for its slowest thread.
+    """
+    cores = _physical_cpus(ray.cluster_resources())
+    return max(1, int(cores - 1) // max(workers, 1))
+
+
 def run_workers(
     function: Callable[[Config, RunFolder, Worker], None], config: Config, folder: RunFolder, device: str
 ) -> None:
     """Run `function` on every Ray Train worker; an error of a worker comes out as the error that it was."""
-
     printer = None if config.train.workers == 0 else Printer()
     lines = printer.lines if printer else None
 
@@ -51,10 +60,13 @@ def run_workers(
         context = ray.train.get_context()
         rank, world = context.get_world_rank(), context.get_world_size()
         out = sys.stderr if lines is None else cast(TextIO, Outbox(lines))
+        if device == "cpu":
+            torch.set_num_threads(threads)
         function(config, RunFolder(folder.uri), Worker(rank, world, get_device(), out))
 
     train = config.train
-    resources = {"CPU": 1.0} | ({"GPU": train.gpus_per_worker} if device == "cuda" else {})
+    threads = train.threads or default_threads(train.workers)
+    resources = {"CPU": 1.0, "GPU": train.gpus_per_worker} if device == "cuda" else {"CPU": float(threads)}
     trainer = TorchTrainer(
         worker_loop,
         train_loop_config={},
@@ -76,6 +88,7 @@ def run_workers(
     finally:
         if printer:
             printer.close()
+        folder.remove_folder("ray")  # Ray Train's own notes; ours are the checkpoints
 
 
 class Outbox:

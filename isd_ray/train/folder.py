@@ -58,6 +58,11 @@ class RunFolder:
         """Remove one file."""
         self.filesystem.delete_file(f"{self.path}/{name}")
 
+    def remove_folder(self, name: str) -> None:
+        """Remove a sub-folder and what is in it, where it exists."""
+        if self.exists(name):
+            self.filesystem.delete_dir(f"{self.path}/{name}")
+
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file that people can read."""
         self.write(name, (json.dumps(value, indent=2) + "\n").encode())

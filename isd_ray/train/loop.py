@@ -26,8 +26,6 @@ from isd_ray.train.state import State, Worker, build_state, step_seed
 
 def train(config: Config, folder: RunFolder, worker: Worker) -> None:
     """Train to the last epoch, from the newest checkpoint of the run where there is one."""
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
     torch.use_deterministic_algorithms(config.train.deterministic and worker.device.type == "cpu")
     stream = build_stream(config, folder, worker)
     state = build_state(config, worker.device)

@@ -1,8 +1,5 @@
 """Data sets by name: definitions are valid, shards are made once, splits and labels are right."""
 
-import sys
-import types
-
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -160,17 +157,12 @@ def test_classes_that_training_lacks_are_refused(images, tmp_path):
         open_dataset("folder", root=images)
 
 
-def test_the_embedded_set_has_its_own_bank(monkeypatch):
-    module = types.ModuleType("isd_ray.data.embedded")
-    module.CLASSES = ["a", "b"]
-    sizes = {"train": 6, "bank": 4, "test": 2}
-    module.make = lambda split, seed: (
-        np.full((sizes[split], 8, 8, 3), len(split), np.uint8),
-        np.arange(sizes[split]) % 2,
-    )
-    monkeypatch.setitem(sys.modules, "isd_ray.data.embedded", module)
+def test_the_embedded_set_is_long_tailed_with_a_bank_of_its_own():
     splits = open_dataset("embedded_lt")
-    assert [len(t) for t in splits[:3]] == [6, 4, 2]
+    counts = index.class_counts(splits.train)
+    assert (counts[0], counts[-1], counts.sum()) == (600, 30, 2040)
+    assert index.class_counts(splits.bank).tolist() == [150] * 10
+    assert index.class_counts(splits.test).tolist() == [100] * 10
 
 
 def test_isd_8_30_evaluates_on_its_38_classes(images, monkeypatch):
