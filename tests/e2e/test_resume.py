@@ -50,7 +50,7 @@ def compare(options: dict, other: dict) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_sigkill_in_the_middle_of_an_epoch(ray_session, tiny_options, tmp_path, workers):
-    options = tiny_options | {"train.workers": workers, "train.epochs": 12, "queue.layout": "sharded"}
+    options = tiny_options | {"train.workers": workers, "train.epochs": 12, "queue.size": 40}
     options |= {"train.keep_checkpoints": 200}
     killed = options | {"name": "killed"}
     kill_in_the_middle(killed, tmp_path, step=14)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from isd_ray.data import source
+from isd_ray.data import blocks
 from isd_ray.data.stream import Stream, ordered
 from isd_ray.errors import UserError
 
@@ -52,7 +52,7 @@ def epoch(table: pa.Table, start: int = 0, **options) -> list:
 
 def without_ray(monkeypatch, table: pa.Table, **options) -> list:
     with monkeypatch.context() as patch:
-        patch.setattr(source.ray, "is_initialized", lambda: False)
+        patch.setattr(blocks.ray, "is_initialized", lambda: False)
         return epoch(table, **options)
 
 
@@ -108,14 +108,14 @@ def test_bad_images_come_back_with_their_reason(ray_session, table):
 
 def test_a_task_that_dies_ends_the_epoch_with_an_error(ray_session, monkeypatch, table):
     """Ray Data's default would start the task again for ever."""
-    monkeypatch.setattr(source, "TASK_RETRIES", 0)
+    monkeypatch.setattr(blocks, "TASK_RETRIES", 0)
 
     def die(item, **_):
         import os
 
         os._exit(1)
 
-    monkeypatch.setattr(source, "_read_range", die)
+    monkeypatch.setattr(blocks, "_read_range", die)
     with pytest.raises(ray_session.exceptions.WorkerCrashedError):
         epoch(table)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from isd_ray.data import source
+from isd_ray.data import blocks
 from isd_ray.data import stream as module
 from isd_ray.data.augment import center_view, make_views
 from isd_ray.data.plan import plan, shard_codes
@@ -22,7 +22,7 @@ from isd_ray.errors import UserError
 @pytest.fixture(autouse=True)
 def no_ray(monkeypatch):
     """Keep these tests in this process, also where another test has started Ray."""
-    monkeypatch.setattr(source.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(blocks.ray, "is_initialized", lambda: False)
 
 
 def picture(i: int, size: tuple[int, int]) -> Image.Image:
