@@ -32,6 +32,7 @@ def start_ray(address: str | None = None, workers: int = 0) -> None:
     if not address:
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         ray.init(
+            address="local",  # else Ray would join a cluster that somebody else has started on this machine
             num_cpus=max(os.cpu_count() or 1, workers + DATA_CPUS),
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,

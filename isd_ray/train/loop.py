@@ -94,9 +94,9 @@ def train_step(
     views = [view.contiguous(memory_format=torch.channels_last) for view in views]
     index, label = batch.index.to(worker.device), batch.label.to(worker.device)
     loss, diagnostics = torch.zeros((), device=worker.device), {}
-    starts = range(0, len(index), -(-len(index) // config.train.accumulate))
-    for start in starts:
-        rows, last = slice(start, start + starts.step), start == starts[-1]
+    parts = torch.arange(len(index)).tensor_split(config.train.accumulate)  # equally many on every rank
+    for part in parts:
+        rows, last = slice(int(part[0]), int(part[-1]) + 1), part is parts[-1]
         share = len(index[rows]) / config.train.batch_size
         with nullcontext() if last else no_sync(model), autocast(config, worker.device):
             output = model([view[rows] for view in views], index[rows], label[rows], diagnose and last)

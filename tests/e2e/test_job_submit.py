@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def cluster(tmp_path):
 
 
 def submit(environment: dict, arguments: list[str]) -> subprocess.CompletedProcess:
-    """Submit the job and wait for it; the head may need some seconds before it answers."""
+    """Submit the job and wait for it; a head that has just started refuses for some seconds."""
     command = [
         RAY,
         "job",
@@ -64,13 +65,13 @@ def submit(environment: dict, arguments: list[str]) -> subprocess.CompletedProce
         "jobs/pretrain.py",
         *arguments,
     ]
-    wait = "import sys, time, urllib.request, os\n"
-    wait += "for _ in range(120):\n"
-    wait += " try: urllib.request.urlopen(os.environ['RAY_API_SERVER_ADDRESS']); sys.exit()\n"
-    wait += " except urllib.error.HTTPError: sys.exit()\n"
-    wait += " except OSError: time.sleep(0.5)\n"
-    subprocess.run([sys.executable, "-c", wait], env=environment, check=True)
-    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    deadline = time.monotonic() + 90
+    while True:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+        starting = "No available agent" in done.stderr or "Failed to connect" in done.stderr
+        if not starting or time.monotonic() > deadline:
+            return done
+        time.sleep(2)
 
 
 @pytest.mark.slow
