@@ -121,10 +121,11 @@ def open_splits(config: Config) -> Splits:
 def check_sizes(config: Config, table: pa.Table) -> None:
     """Compare batch and queue (of a method that has one) with the number of images; say what a large queue means."""
     images, queue, train = table.num_rows, config.queue.size, config.train
-    if train.batch_size // max(train.workers, 1) < 2 * train.accumulate:
+    ranks = max(train.workers, 1)
+    if train.batch_size // ranks < 2 * train.accumulate:
         raise UserError(
-            f"--train.batch_size {train.batch_size}: {max(train.workers, 1)} workers and {train.accumulate} parts a step "
-            "leave fewer than two images a part; use a larger batch or fewer parts"
+            f"--train.batch_size {train.batch_size}: {ranks} workers and {train.accumulate} parts a step leave fewer "
+            "than two images a part; use a larger batch or fewer parts"
         )
     if not images:
         raise UserError(f"data set {config.data.dataset}: no images; check --data.root or --data.shards")
