@@ -21,7 +21,7 @@ import torch
 from isd_ray.config import Config, resolve
 
 CASES = {
-    "resnet20": {"model.backbone": "resnet20", "train.batch_size": 128, "train.epochs": 4},
+    "resnet20": {"model.backbone": "resnet20", "train.batch_size": 128, "train.epochs": 3},
     "resnet18": {
         "model.backbone": "resnet18",
         "train.batch_size": 64,
@@ -32,6 +32,7 @@ CASES = {
 COMMON = {
     "data.dataset": "embedded_lt",
     "data.image_size": 32,
+    "model.stem": "auto",
     "evaluate.enabled": False,
     "queue.size": 256,
     "train.log_every": 2,
