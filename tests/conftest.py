@@ -27,6 +27,8 @@ def ray_session():
     """One local Ray for the whole suite: starting it is the dominating cost."""
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=512 * 2**20, logging_level="warning")
+    ray.init(
+        "local", num_cpus=4, include_dashboard=False, object_store_memory=512 * 2**20, logging_level="warning"
+    )
     yield ray
     ray.shutdown()
