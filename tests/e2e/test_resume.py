@@ -63,25 +63,3 @@ def test_sigkill_in_the_middle_of_an_epoch(ray_session, tiny_options, tmp_path, 
     compare(killed, options | {"name": "whole"})
     lines = Path(options["output"], "killed", "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(2, 61, 2))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_the_number_of_workers_may_change(ray_session, tiny_options, monkeypatch):
-    """Batch norm sees other parts of the batch: the run goes on, with all of its queue, but not to the same bits."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 4)  # three workers are refused on a machine of two cores
-    options = tiny_options | {"train.workers": 2, "train.epochs": 1, "queue.layout": "sharded", "name": "two"}
-    isd_ray.pretrain(options)
-    source = RunFolder(f"{tiny_options['output']}/two")
-    before = load_checkpoint(source)["queue"]["index"].tolist()
-    assert len(before) == 32
-    for workers in (0, 3):
-        other = RunFolder(f"{tiny_options['output']}/then-{workers}")
-        other.write("checkpoints/step-00000010.pt", source.read("checkpoints/step-00000010.pt"))
-        isd_ray.pretrain(
-            options | {"name": other.uri.rsplit("/")[-1], "train.epochs": 2, "train.workers": workers}
-        )
-        ended = load_checkpoint(other)
-        assert ended["step"] == 20
-        assert len(ended["queue"]["index"]) == 32
-        assert ended["queue"]["index"].tolist() != before
