@@ -127,6 +127,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(tiny_options):
         ({"train.workers": 10_000}, "10000"),
         ({"queue.size": 100_000}, "100000"),
         ({"train.batch_size": 5_000, "queue.size": 32}, "5000"),
+        ({"train.accumulate": 9}, "9 parts a step"),
         ({"method.views": ["strong", "wek"]}, "weak"),
         ({"train.device": "cuda"}, "cuda"),
         ({"data.scheme": "exponentail"}, "exponential"),
