@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch
 
 import isd_ray
 from isd_ray.config import resolve, to_yaml
@@ -63,3 +65,29 @@ def test_sigkill_in_the_middle_of_an_epoch(ray_session, tiny_options, tmp_path, 
     compare(killed, options | {"name": "whole"})
     lines = Path(options["output"], "killed", "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(2, 61, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_of_two_workers_continues_with_one_and_with_three(ray_session, tiny_options, monkeypatch):
+    """The stream of images goes on as if the number of workers had never changed: the final queue shows it."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)  # what the session's Ray offers, whatever the machine has
+    options = tiny_options | {"queue.layout": "sharded", "train.epochs": 2, "train.keep_checkpoints": 200}
+    runs = Path(options["output"])
+    isd_ray.pretrain(options | {"name": "two", "train.workers": 2})
+    whole = load_checkpoint(RunFolder(str(runs / "two")))
+    for workers in (0, 3):  # 0: one worker, inside this process
+        name = f"then_{workers}"
+        shutil.copytree(runs / "two", runs / name)
+        (runs / name / "result.json").unlink()
+        for checkpoint in (runs / name / "checkpoints").iterdir():
+            if checkpoint.name > "step-00000014.pt":
+                checkpoint.unlink()
+        isd_ray.pretrain(options | {"name": name, "train.workers": workers})
+        final = load_checkpoint(RunFolder(str(runs / name)))
+        assert final["step"] == whole["step"] == 20
+        assert torch.equal(final["queue"]["index"], whole["queue"]["index"])
+        assert torch.equal(final["queue"]["label"], whole["queue"]["label"])
+        assert int(final["queue"]["seen"]) == int(whole["queue"]["seen"]) == 320
+        lines = (runs / name / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == list(range(2, 21, 2))
