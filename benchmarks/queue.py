@@ -4,10 +4,13 @@ Compares forward and backward of the ISD loss, as published code computes it (tw
 autograd), with `isd_ray.queue.losses.similarity_kl`: time, peak extra memory and error of the gradient against
 float64. Then counts the bytes that both layouts send. Prints one table each and writes one JSON.
 
-    python -m benchmarks.queue                   # one CPU thread, about 12 minutes
+    python -m benchmarks.queue                   # one CPU thread, about 7 minutes
     python -m benchmarks.queue --quick           # small queues, under a minute
     python -m benchmarks.queue --full            # every anchor of every cell; hours at D = 512
-    python -m benchmarks.queue --device cuda --dtype bfloat16
+    python -m benchmarks.queue --device cuda --dtype bfloat16 --batches 256 1024 4096 --dims 128 256 512
+
+On a GPU the plain formula also runs under `torch.compile` (`--compiled` asks for it on a CPU too), and ours is compared
+with the card's own rate of bfloat16 matrix products.
 """
 
 import argparse
@@ -43,6 +46,36 @@ def plain(q: Tensor, k: Tensor, anchors: Tensor) -> Tensor:
     return q.grad
 
 
+def compiled_plain() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The plain formula, its forward and backward fused by `torch.compile`, anchors in their stored type."""
+
+    def loss(q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
+        student, teacher = (x.to(queue.dtype) @ queue.T for x in (q, k))
+        teacher = softmax(teacher.float() / T_TEACHER, dim=1)
+        return kl_div(log_softmax(student.float() / T_STUDENT, dim=1), teacher, reduction="batchmean")
+
+    fused = torch.compile(loss)
+
+    def run(q: Tensor, k: Tensor, anchors: Tensor) -> Tensor:
+        q = q.clone().requires_grad_()
+        fused(q, k, anchors).backward()
+        assert q.grad is not None
+        return q.grad
+
+    return run
+
+
+def matrix_rate(device: str) -> float:
+    """Floating-point operations a second of the device's library product of 8,192 x 8,192 bfloat16 matrices."""
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        begin = clock(device)
+        torch.mm(a, b)
+        best = min(best, clock(device) - begin)
+    return 2 * 8192**3 / best
+
+
 def ours(q: Tensor, k: Tensor, queue: DistributedQueue) -> Tensor:
     """The same gradient from one pass over the anchors."""
     q = q.clone().requires_grad_()
@@ -62,8 +95,14 @@ def measure(b: int, size: int, dim: int, options: argparse.Namespace) -> dict[st
     runs = {"ours": lambda: ours(q, k, queue)}
     if fits:
         runs["plain"] = lambda: plain(q, k, anchors_of(queue))
+    if fits and options.compiled:
+        fused = compiled_plain()
+        fused(q, k, anchors_of(queue))  # compiles: not timed
+        runs["compiled"] = lambda: fused(q, k, anchors_of(queue))
     seconds = best_seconds(runs, options)
     cell |= {f"{name}_seconds": value * size / part for name, value in seconds.items()}
+    # Two queries a row, each multiplied with the anchors for its scores and again for its read.
+    cell["ours_rate"] = 8 * b * size * dim / cell["ours_seconds"]
     cell |= errors(q, k, queue, fits)
     if fits and part < size:  # memory is measured on all anchors wherever it can be compared
         queue = filled_queue(size, dim, options, generator)
@@ -194,6 +233,23 @@ def show(cells: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
+def show_rates(cells: list[dict[str, Any]], rate: float | None, console: Console) -> None:
+    """Print how ours stands against the plain formula under torch.compile and the device's matrix rate."""
+    table = Table(title="ours against torch.compile and the device's bfloat16 matrix products")
+    for name in ("B", "K", "D", "compiled s", "compiled / ours", "TFLOP/s", "of the matrix rate"):
+        table.add_column(name, justify="right")
+    for c in cells:
+        seconds = c.get("compiled_seconds")
+        table.add_row(
+            *(str(c[name]) for name in "BKD"),
+            f"{seconds:.4f}" if seconds else "-",
+            f"{seconds / c['ours_seconds']:.2f}" if seconds else "-",
+            f"{c['ours_rate'] / 1e12:.3f}",
+            f"{c['ours_rate'] / rate:.0%}" if rate else "-",
+        )
+    console.print(table)
+
+
 def show_traffic(rows: list[dict[str, Any]], console: Console) -> None:
     table = Table(title="bytes that a rank sends in one step (a lookup of q and k, an enqueue of k)")
     for name in ("W", "rows a rank", "D", "layout", "formula", "counted"):
@@ -238,6 +294,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dims", type=int, nargs="+", default=[128, 512], help="D, numbers of an anchor")
     parser.add_argument("--dtype", default="float32", help="of the stored anchors")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--compiled", action="store_true", help="also the plain formula under torch.compile (GPU: always)"
+    )
     parser.add_argument("--memory", type=float, default=8, help="GiB that the plain formula may take")
     parser.add_argument("--seconds", type=float, default=4, help="about so long each cell is timed")
     parser.add_argument("--quick", action="store_true", help="small queues only")
@@ -246,6 +305,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=Path("results/benchmark_queue.json"))
     options = parser.parse_args()
+    options.compiled |= options.device != "cpu"
     if options.quick:
         options.sizes, options.batches, options.seconds = [4096, 65536], [256], 1
     return options
@@ -262,7 +322,10 @@ def main() -> None:
                 console.print(f"B {b}, K {size}, D {dim}: done after {time.time() - began:.0f} s")
     sent = traffic(options.quick)
     stored = storage_errors()
+    rate = matrix_rate(options.device) if options.device != "cpu" else None
     show(cells, console)
+    if options.compiled:
+        show_rates(cells, rate, console)
     console.print(
         "gradient error by stored type:", ", ".join(f"{name} {e:.0e}" for name, e in stored.items())
     )
@@ -273,7 +336,13 @@ def main() -> None:
         else platform.processor() or platform.machine()
     )
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    about = {"device": device, "threads": 1, "torch": torch.__version__, "dtype": options.dtype}
+    about = {
+        "device": device,
+        "threads": 1,
+        "torch": torch.__version__,
+        "dtype": options.dtype,
+        "matrix_rate": rate,
+    }
     options.out.write_text(
         json.dumps({"about": about, "loss": cells, "traffic": sent, "stored": stored}, indent=1)
     )
