@@ -1,6 +1,7 @@
 """A tiny labelled data set as shards, and the options of a run on it that takes seconds."""
 
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from PIL import Image
 
 from isd_ray.data.shards import make_shards
 
-CLASSES, SIDE = 4, 16
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny_run import SIDE, options_of_tiny_run
+
+CLASSES = 4
 
 
 @pytest.fixture(scope="session")
@@ -44,22 +48,5 @@ def gratings(count: int, seed: int) -> pa.Table:
 
 @pytest.fixture
 def tiny_options(tiny_shards, tmp_path) -> dict[str, Any]:
-    """Options of a run of 3 epochs of 10 steps on the tiny set."""
-    return {
-        "output": str(tmp_path / "runs"),
-        "name": "run",
-        "data.dataset": "shards",
-        "data.shards": str(tiny_shards),
-        "data.image_size": SIDE,
-        "model.backbone": "resnet8",
-        "model.stem": "stride2",
-        "method.name": "isd_plus",
-        "queue.size": 32,
-        "train.epochs": 3,
-        "train.batch_size": 16,
-        "train.threads": 1,
-        "train.workers": 0,
-        "train.log_every": 2,
-        "train.checkpoint_seconds": 0.0,
-        "evaluate.enabled": False,
-    }
+    """Options of a run of seconds, in a folder of the test's own."""
+    return options_of_tiny_run(tiny_shards, tmp_path)
