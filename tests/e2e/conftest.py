@@ -1,7 +1,6 @@
 """A tiny labelled data set as shards, and the options of a run on it that takes seconds."""
 
 import io
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from isd_ray.data.shards import make_shards
-
-sys.path.insert(0, str(Path(__file__).parent))
 from tiny_run import SIDE, options_of_tiny_run
+
+from isd_ray.data.shards import make_shards
 
 CLASSES = 4
 
