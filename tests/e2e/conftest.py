@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-
 from tiny_run import SIDE, options_of_tiny_run
 
 from isd_ray.data.shards import make_shards
