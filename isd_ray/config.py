@@ -82,12 +82,13 @@ class MethodConfig(Section):
 
     name: str = Field(
         "isd",
-        description="isd, isd_r18, isd_plus, moco_v2, simclr, byol, byol_asym, simsiam, ressl, sce, co2 or msf",
+        description="isd, isd_r18, isd_plus, moco_v1, moco_v2, simclr, byol, byol_asym, simsiam, ressl, sce, co2, msf, "
+        "debiased, nnclr, barlow_twins or vicreg",
     )
     temperature: float | None = Field(
         None,
         gt=0,
-        description="Temperature of the (student's) similarities; not byol, byol_asym, simsiam, msf",
+        description="Temperature of the (student's) similarities; not byol*, simsiam, msf, barlow_twins, vicreg",
     )
     temperature_teacher: float | None = Field(
         None, gt=0, description="Temperature of the teacher's similarities (isd*, ressl, sce)"
@@ -98,19 +99,26 @@ class MethodConfig(Section):
     weight: float | None = Field(
         None,
         ge=0,
-        description="Share of the positive in the target (sce), factor of the consistency term (co2)",
+        description="Share of the positive in the target (sce); factor of the consistency term (co2), of the terms off "
+        "the diagonal (barlow_twins)",
+    )
+    weight_invariance: float | None = Field(None, ge=0, description="Factor of the views' distance (vicreg)")
+    weight_variance: float | None = Field(None, ge=0, description="Factor of the variance term (vicreg)")
+    weight_covariance: float | None = Field(None, ge=0, description="Factor of the covariance term (vicreg)")
+    class_prior: float | None = Field(
+        None, ge=0, lt=1, description="Chance that two images are of one class (debiased)"
     )
     neighbours: int | None = Field(
         None, ge=1, description="Nearest anchors that are pulled to, the key itself included (msf)"
     )
     symmetric: bool | None = Field(
-        None, description="Also with the views swapped, at twice the cost (moco_v2)"
+        None, description="Also with the views swapped, at twice the cost (moco_v1, moco_v2)"
     )
     momentum: float | None = Field(
-        None, ge=0, le=1, description="EMA momentum of the teacher; not simclr, simsiam"
+        None, ge=0, le=1, description="EMA momentum of the teacher, where there is one"
     )
     momentum_schedule: Literal["constant", "cosine"] | None = Field(
-        None, description="cosine: momentum grows to 1 over the run; not simclr, simsiam"
+        None, description="cosine: momentum grows to 1 over the run"
     )
     views: list[str] = Field(
         ["strong", "strong"], description="View recipe of the student and of the teacher"
@@ -118,7 +126,7 @@ class MethodConfig(Section):
 
 
 class QueueConfig(Section):
-    """The queue of anchors. Methods without one (simclr, byol, byol_asym, simsiam) ignore it."""
+    """The queue of anchors. Methods without one ignore it."""
 
     size: int = Field(4096, ge=1, description="Anchors in the queue, over all workers")
     layout: Literal["replicated", "sharded"] = Field(

@@ -6,21 +6,26 @@ from typing import Any
 from torch import nn
 
 from isd_ray.errors import UserError, nearest
+from isd_ray.methods.barlow_twins import BarlowTwins
 from isd_ray.methods.base import Method, Output
 from isd_ray.methods.byol import BYOL, BYOLAsym
 from isd_ray.methods.co2 import CO2
+from isd_ray.methods.debiased import Debiased
 from isd_ray.methods.isd import ISD, ISDR18, ISDPlus, initial_keys
-from isd_ray.methods.moco import MoCoV2
+from isd_ray.methods.moco import MoCoV1, MoCoV2
 from isd_ray.methods.msf import MSF
+from isd_ray.methods.nnclr import NNCLR
 from isd_ray.methods.ressl import ReSSL
 from isd_ray.methods.sce import SCE
 from isd_ray.methods.simclr import SimCLR
 from isd_ray.methods.simsiam import SimSiam
+from isd_ray.methods.vicreg import VICReg
 
 METHODS: dict[str, type[Method]] = {
     "isd": ISD,
     "isd_r18": ISDR18,
     "isd_plus": ISDPlus,
+    "moco_v1": MoCoV1,
     "moco_v2": MoCoV2,
     "simclr": SimCLR,
     "byol": BYOL,
@@ -30,6 +35,10 @@ METHODS: dict[str, type[Method]] = {
     "sce": SCE,
     "co2": CO2,
     "msf": MSF,
+    "debiased": Debiased,
+    "nnclr": NNCLR,
+    "barlow_twins": BarlowTwins,
+    "vicreg": VICReg,
 }
 
 __all__ = ["METHODS", "Method", "Output", "build_method", "find_method", "initial_keys", "options_of"]

@@ -54,12 +54,17 @@ class MoCoV2(StudentTeacher):
         exclude_own: bool = True,
     ) -> None:
         dim = width(backbone)
-        super().__init__(backbone, mlp([dim, dim, 128], norm="none"), nn.Identity())
+        super().__init__(backbone, self.projector(dim), nn.Identity())
         self.queue = queue
         self.temperature: float = self.option("temperature", temperature)
         self.symmetric: bool = self.option("symmetric", symmetric)
         self.views = two_views("MoCo", self.option("views", views))
         self.exclude_own = exclude_own
+
+    @staticmethod
+    def projector(dim: int) -> nn.Module:
+        """Of student and teacher, for features of width `dim`."""
+        return mlp([dim, dim, 128], norm="none")
 
     @classmethod
     def embedding_dim(cls, backbone_dim: int) -> int:
@@ -87,3 +92,24 @@ class MoCoV2(StudentTeacher):
         own = index if self.exclude_own else None
         numbers = queue_diagnostics(self.queue, k, self.temperature, index, label, exclude=own)
         return numbers | spreads(q, k)
+
+
+class MoCoV1(MoCoV2):
+    """MoCo: projector d -> 128, one linear layer (`moco_v1`).
+
+    Published for ImageNet: temperature .07, queue 65 536, momentum .999, lr .03 for batches of 256, drops to a tenth at
+    60 and 80 % of 200 epochs. The defaults keep temperature, views and these drops.
+    """
+
+    defaults: ClassVar[dict[str, Any]] = {
+        **MoCoV2.defaults,
+        "method.temperature": 0.07,
+        "method.views": ["moco_v1", "moco_v1"],
+        "train.schedule": "step",
+        "train.milestones": [0.6, 0.8],
+        "train.gamma": 0.1,
+    }
+
+    @staticmethod
+    def projector(dim: int) -> nn.Module:
+        return mlp([dim, 128])

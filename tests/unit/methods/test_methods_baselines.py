@@ -5,6 +5,7 @@ import inspect
 
 import pytest
 import torch
+from plain_losses import plain, unit
 from torch import Tensor, nn
 
 from isd_ray.config import MethodConfig
@@ -18,84 +19,8 @@ WITH_QUEUE = [name for name in BASELINES if METHODS[name].uses_queue]
 WITH_TEACHER = [name for name in BASELINES if "method.momentum" in METHODS[name].defaults]
 
 
-def unit(x: Tensor) -> Tensor:
-    return x / x.pow(2).sum(1, keepdim=True).sqrt()
-
-
 def random(rows: int, seed: int, dim: int = D) -> Tensor:
     return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-# The papers' losses of one direction, mean over rows: q, k [B, D] and anchors [K, D] are unit rows; `mask` [B, K]
-# says which anchors take part.
-
-
-def plain_info_nce(q, k, anchors, mask, t):
-    logits = torch.cat([(q * k).sum(1, keepdim=True), (q @ anchors.T).masked_fill(~mask, -torch.inf)], 1) / t
-    return -logits.log_softmax(1)[:, 0].mean()
-
-
-def plain_ressl(q, k, anchors, mask, t, t_teacher):
-    p = (k @ anchors.T / t_teacher).masked_fill(~mask, -torch.inf).softmax(1)
-    log_q = (q @ anchors.T / t).masked_fill(~mask, -torch.inf).log_softmax(1)
-    return -(p * log_q.masked_fill(~mask, 0)).sum(1).mean()
-
-
-def plain_sce(q, k, anchors, mask, t, t_teacher, weight):
-    s = (k @ anchors.T / t_teacher).masked_fill(~mask, -torch.inf).softmax(1)
-    target = torch.cat([torch.full((len(q), 1), weight, dtype=q.dtype), (1 - weight) * s], 1)
-    logits = torch.cat([(q * k).sum(1, keepdim=True), (q @ anchors.T).masked_fill(~mask, -torch.inf)], 1) / t
-    log_p = logits.log_softmax(1)
-    return -(target * log_p.masked_fill(log_p.isinf(), 0)).sum(1).mean()
-
-
-def plain_co2(q, k, anchors, mask, t):
-    log_p, log_q = ((x @ anchors.T / t).masked_fill(~mask, -torch.inf).log_softmax(1) for x in (q, k))
-    difference = (log_p - log_q).masked_fill(~mask, 0)
-    return ((log_p.exp() - log_q.exp()) * difference).sum(1).mean() / 2
-
-
-def plain_mean_shift(q, k, anchors, n):
-    anchors = torch.cat([anchors[len(k) :], k])  # k has pushed out the oldest
-    nearest = (k @ anchors.T).topk(n, 1).indices
-    return (q[:, None] - anchors[nearest]).pow(2).sum(2).mean()
-
-
-def plain_byol(q, k):
-    return (2 - 2 * (q * k).sum(1)).mean()
-
-
-def plain_nt_xent(z_1, z_2, t):
-    z = torch.cat([z_1, z_2])
-    similarity = (z @ z.T / t).masked_fill(torch.eye(len(z), dtype=torch.bool), -torch.inf)
-    positive = torch.arange(len(z)).roll(len(z) // 2)
-    return -similarity.log_softmax(1)[torch.arange(len(z)), positive].mean()
-
-
-def plain(name, q, k, h, anchors, mask, symmetric=False):
-    """The loss of `name` where the student's projection of view i is x_i = views[i] and the teacher's k_i = k[i];
-    h is the predictor, a matrix."""
-    q_1, q_2 = (unit(x @ h.T) for x in q)
-    k_1, k_2 = (unit(x.detach()) for x in k)
-    if name == "moco_v2":
-        loss = plain_info_nce(q_1, k_2, anchors, mask, 0.2)
-        return loss + plain_info_nce(q_2, k_1, anchors, mask, 0.2) if symmetric else loss
-    if name == "co2":
-        return plain_info_nce(q_1, k_2, anchors, mask, 0.2) + 0.3 * plain_co2(q_1, k_2, anchors, mask, 0.05)
-    if name == "ressl":
-        return plain_ressl(q_1, k_2, anchors, mask, 0.1, 0.04)
-    if name == "sce":
-        return sum(plain_sce(a, b, anchors, mask, 0.1, 0.07, 0.5) for a, b in ((q_1, k_2), (q_2, k_1))) / 2
-    if name == "msf":
-        return plain_mean_shift(q_1, k_2, anchors, 5)
-    if name == "byol":
-        return plain_byol(q_1, k_2) + plain_byol(q_2, k_1)
-    if name == "byol_asym":
-        return plain_byol(q_1, k_2)
-    if name == "simsiam":
-        return -((q_1 * unit(q[1].detach())).sum(1) + (q_2 * unit(q[0].detach())).sum(1)).mean() / 2
-    assert name == "simclr"
-    return plain_nt_xent(unit(q[0]), unit(q[1]), 0.5)
 
 
 class TinyBackbone(nn.Module):
@@ -142,7 +67,11 @@ class Shift(nn.Module):
         return x + self.by
 
 
-CASES = [*((name, {}) for name in BASELINES), ("moco_v2", {"symmetric": True})]
+CASES = [
+    *((name, {}) for name in BASELINES),
+    ("moco_v2", {"symmetric": True}),
+    ("moco_v1", {"symmetric": True}),
+]
 CASES += [(name, {"exclude_own": False}) for name in WITH_QUEUE if name != "msf"]
 
 
@@ -191,6 +120,7 @@ def vectors():
         ("byol", {}, 2 * 0.343358),
         ("simsiam", {}, -0.828321),
         ("simclr", {}, 0.731716),
+        ("debiased", {}, 0.679213),
     ],
 )
 def test_known_numbers(name, options, value):
@@ -214,6 +144,21 @@ def test_one_neighbour_is_byol_asym():
     asym = with_embeddings("byol_asym", anchors, None, h, shift)
     expected = asym(views, torch.arange(B)).loss
     torch.testing.assert_close(one(views, torch.arange(B)).loss, expected, atol=1e-12, rtol=1e-12)
+
+
+def test_a_class_prior_of_zero_is_simclr_and_a_senseless_one_is_refused():
+    views = [random(B, 3), random(B, 4)]
+    debiased = with_embeddings("debiased", None, None, None, None, class_prior=0.0)
+    simclr = with_embeddings("simclr", None, None, None, None)
+    expected = simclr(views, torch.arange(B)).loss
+    torch.testing.assert_close(debiased(views, torch.arange(B)).loss, expected, atol=1e-12, rtol=1e-12)
+    with pytest.raises(UserError, match=r"method\.class_prior"):
+        build("debiased", class_prior=1.0)
+
+
+def test_a_neighbour_of_an_empty_queue_is_the_embedding_itself():
+    method, z = build("nnclr"), unit(torch.randn(B, 256))
+    assert torch.equal(method.neighbour(z, torch.arange(B)), z)
 
 
 def test_weight_one_of_sce_is_moco_in_both_directions():
@@ -240,13 +185,16 @@ def test_keys_enter_the_queue_with_their_image(name):
     method = with_embeddings(name, anchors, None, torch.eye(D).double(), shift)
     method(views, torch.arange(B) + 7, torch.arange(B) % 2)
     state = method.queue.state_dict()
-    keys = [unit(view + shift) for view in (reversed(views) if name == "sce" else views[1:])]
+    if name == "nnclr":
+        keys = [unit(views[0])]  # no teacher; the first view's
+    else:
+        keys = [unit(view + shift) for view in (reversed(views) if name == "sce" else views[1:])]
     torch.testing.assert_close(state["keys"], torch.cat([anchors, *keys])[-K:])
     assert state["index"][-B:].tolist() == list(range(7, 7 + B))
     assert state["label"][-B:].tolist() == [0, 1, 0, 1, 0, 1]
 
 
-@pytest.mark.parametrize("name", WITH_QUEUE)
+@pytest.mark.parametrize("name", [name for name in WITH_QUEUE if name in WITH_TEACHER])
 def test_own_key_is_an_anchor_of_its_step_in_mean_shift_alone(name):
     """With a queue that is empty before the step, only what the step itself enqueues could be an anchor."""
     method = build(name)
@@ -333,7 +281,13 @@ def shapes(*modules):
 
 def test_heads_are_those_of_the_papers():
     d = TinyBackbone.dim
-    moco, simclr, byol, asym, simsiam, ressl, sce, co2, msf = (build(name) for name in BASELINES)
+    names = ("moco_v2", "simclr", "byol", "byol_asym", "simsiam", "ressl", "sce", "co2", "msf")
+    moco, simclr, byol, asym, simsiam, ressl, sce, co2, msf = (build(name) for name in names)
+    assert shapes(build("moco_v1").student) == [(128, d)]
+    assert shapes(build("debiased").student) == shapes(simclr.student)
+    nnclr, wide = build("nnclr"), [(2048, d), (2048, 2048), (2048, 2048)]
+    assert shapes(nnclr.student, nnclr.predictor) == [(2048, d), (256, 2048), (4096, 256), (256, 4096)]
+    assert shapes(build("barlow_twins").student) == shapes(build("vicreg").student) == wide
     assert shapes(moco.student, moco.predictor) == shapes(co2.student) == [(d, d), (128, d)]
     assert shapes(simclr.student) == [(d, d), (128, d)]
     assert shapes(byol.student, byol.predictor) == [(2 * d, d), (256, 2 * d), (2 * d, 256), (256, 2 * d)]
@@ -347,7 +301,7 @@ def test_heads_are_those_of_the_papers():
     norms = {
         name: [m for m in build(name).student.projector if "Norm" in type(m).__name__] for name in BASELINES
     }
-    assert [name for name in BASELINES if not norms[name]] == ["moco_v2", "ressl", "co2"]
+    assert [name for name in BASELINES if not norms[name]] == ["moco_v1", "moco_v2", "ressl", "co2"]
     assert [name for name in BASELINES if norms[name] and not norms[name][-1].affine] == ["simsiam", "sce"]
     last = norms["simclr"][-1]
     assert last.weight.requires_grad
