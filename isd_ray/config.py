@@ -83,7 +83,7 @@ class MethodConfig(Section):
     name: str = Field(
         "isd",
         description="isd, isd_r18, isd_plus, moco_v1, moco_v2, simclr, byol, byol_asym, simsiam, ressl, sce, co2, msf, "
-        "debiased, nnclr, barlow_twins or vicreg",
+        "debiased, nnclr, barlow_twins, vicreg, swav or dino",
     )
     temperature: float | None = Field(
         None,
@@ -91,7 +91,7 @@ class MethodConfig(Section):
         description="Temperature of the (student's) similarities; not byol*, simsiam, msf, barlow_twins, vicreg",
     )
     temperature_teacher: float | None = Field(
-        None, gt=0, description="Temperature of the teacher's similarities (isd*, ressl, sce)"
+        None, gt=0, description="Temperature of the teacher's similarities (isd*, ressl, sce, dino)"
     )
     temperature_consistency: float | None = Field(
         None, gt=0, description="Temperature of both sides of the consistency term (co2)"
@@ -105,6 +105,15 @@ class MethodConfig(Section):
     weight_invariance: float | None = Field(None, ge=0, description="Factor of the views' distance (vicreg)")
     weight_variance: float | None = Field(None, ge=0, description="Factor of the variance term (vicreg)")
     weight_covariance: float | None = Field(None, ge=0, description="Factor of the covariance term (vicreg)")
+    prototypes: int | None = Field(None, ge=2, description="Prototypes, stand-ins for clusters (swav, dino)")
+    freeze: int | None = Field(
+        None, ge=0, description="First steps with prototypes as they were (swav, dino)"
+    )
+    epsilon: float | None = Field(None, gt=0, description="Sharpness of the codes, small is sharp (swav)")
+    queue_start: int | None = Field(
+        None, ge=0, description="Step from which the queue takes part in the codes (swav)"
+    )
+    centre: float | None = Field(None, ge=0, le=1, description="Momentum of the teacher's centre (dino)")
     class_prior: float | None = Field(
         None, ge=0, lt=1, description="Chance that two images are of one class (debiased)"
     )

@@ -11,6 +11,7 @@ from isd_ray.methods.base import Method, Output
 from isd_ray.methods.byol import BYOL, BYOLAsym
 from isd_ray.methods.co2 import CO2
 from isd_ray.methods.debiased import Debiased
+from isd_ray.methods.dino import DINO
 from isd_ray.methods.isd import ISD, ISDR18, ISDPlus, initial_keys
 from isd_ray.methods.moco import MoCoV1, MoCoV2
 from isd_ray.methods.msf import MSF
@@ -19,6 +20,7 @@ from isd_ray.methods.ressl import ReSSL
 from isd_ray.methods.sce import SCE
 from isd_ray.methods.simclr import SimCLR
 from isd_ray.methods.simsiam import SimSiam
+from isd_ray.methods.swav import SwAV
 from isd_ray.methods.vicreg import VICReg
 
 METHODS: dict[str, type[Method]] = {
@@ -39,6 +41,8 @@ METHODS: dict[str, type[Method]] = {
     "nnclr": NNCLR,
     "barlow_twins": BarlowTwins,
     "vicreg": VICReg,
+    "swav": SwAV,
+    "dino": DINO,
 }
 
 __all__ = ["METHODS", "Method", "Output", "build_method", "find_method", "initial_keys", "options_of"]

@@ -88,6 +88,17 @@ class DistributedQueue:
         return torch.cat([self._ring.label[:0], *(label for _, _, label in self._ring.segments())])
 
     @torch.no_grad()
+    def anchors(self) -> Tensor:
+        """All keys [fill, D] of all ranks, in no order; the sharded layout gathers them: for small queues only."""
+        if self.sharded:
+            self._settle(0)  # what has left the queue goes first
+        keys = torch.cat([self._ring.keys[:0], *(keys for keys, _, _ in self._ring.segments())])
+        if not self.sharded:
+            return keys
+        counts = [n for (n,) in gather_numbers([len(keys)], self.device, self.group)]
+        return gather_rows([keys], counts, self.group)[0]
+
+    @torch.no_grad()
     def enqueue(self, keys: Tensor, index: Tensor | None = None, label: Tensor | None = None) -> None:
         """Append this rank's keys [n, D], with sample index and label int64 [n] (-1: none); the oldest leave.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from isd_ray.methods import METHODS, build_method, options_of
+from isd_ray.models.prototypes import Prototypes
 from isd_ray.models.teacher import Teacher
 from isd_ray.queue.distributed import DistributedQueue
 from isd_ray.queue.exchange import all_gather
@@ -40,12 +41,19 @@ def build(name: str, group) -> nn.Module:
     torch.manual_seed(0)
     queue = None
     if METHODS[name].uses_queue:
-        queue = DistributedQueue(K, DIM, "sharded", group, dtype=torch.float64)
+        dim = 2 * DIM if name == "swav" else DIM
+        queue = DistributedQueue(K, dim, "sharded", group, dtype=torch.float64)
     distributed = {"gather": all_gather} if group is None and "gather" in options_of(name) else {}
+    if "prototypes" in options_of(name):
+        distributed |= {"prototypes": DIM, "freeze": 1}
+    if name == "swav":
+        distributed |= {"queue_start": 1}
     method = build_method(name, Flat(), queue, **distributed)
     method.student = nn.Sequential(method.student.backbone, nn.Linear(Flat.dim, DIM))
     if hasattr(method, "predictor"):
         method.predictor = nn.Sequential(nn.Tanh(), nn.Linear(DIM, DIM))
+    if name == "swav":
+        method.assign = Prototypes(DIM, DIM, "step", frozen=1)
     if hasattr(method, "teacher"):
         method.teacher = Teacher(method.student)
     return method.double().train()

@@ -92,6 +92,36 @@ def plain_vicreg(z_1, z_2):
     return loss
 
 
+def plain_sinkhorn(scores, epsilon, iterations=3):
+    """As the paper's listing has it: columns to 1/P, rows to 1/B, in turns; the rows of the result sum to 1."""
+    q = (scores / epsilon).exp().T
+    q = q / q.sum()
+    for _ in range(iterations):
+        q = q / q.sum(1, keepdim=True) / q.shape[0]
+        q = q / q.sum(0, keepdim=True) / q.shape[1]
+    return (q * q.shape[1]).T
+
+
+def plain_swav(z, prototypes, older, t, epsilon):
+    """z: unit embeddings of two views; older: those of the queue, for each of them."""
+    scores = [x @ prototypes.T for x in z]
+    codes = [
+        plain_sinkhorn(torch.cat([s, o @ prototypes.T]).detach(), epsilon)[: len(s)]
+        for s, o in zip(scores, older, strict=True)
+    ]
+    pairs = ((codes[0], scores[1]), (codes[1], scores[0]))
+    return sum(-(code * (s / t).log_softmax(1)).sum(1).mean() for code, s in pairs) / 2
+
+
+def plain_dino(scores, targets, centre, t, t_teacher):
+    """Scores of the student for all views and of the teacher for two."""
+    terms = []
+    for i, target in enumerate(targets):
+        p = ((target.detach() - centre) / t_teacher).softmax(1)
+        terms += [-(p * (s / t).log_softmax(1)).sum(1).mean() for v, s in enumerate(scores) if v != i]
+    return sum(terms) / len(terms)
+
+
 def plain(name, q, k, h, anchors, mask, symmetric=False):
     """The loss of `name` where the student's projection of view i is x_i = views[i] and the teacher's k_i = k[i];
     h is the predictor, a matrix."""
