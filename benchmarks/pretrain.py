@@ -47,9 +47,9 @@ def bare(config: Config, seconds: float, answer: Any) -> None:
     from isd_ray.train.state import build_state
 
     torch.set_num_threads(config.train.threads)
-    state = build_state(config, torch.device("cpu"))
-    state.method.train()
     b, data = config.train.batch_size, config.data
+    state = build_state(config, torch.device("cpu"), images=4 * b)
+    state.method.train()
     images = torch.randint(0, 256, (4 * b, 1, 3, data.image_size, data.image_size), dtype=torch.uint8)
     index, done, start = torch.arange(4 * b), 0, 0.0
     while done < 2 or time.perf_counter() - start < seconds:

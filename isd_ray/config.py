@@ -82,8 +82,8 @@ class MethodConfig(Section):
 
     name: str = Field(
         "isd",
-        description="isd, isd_r18, isd_plus, moco_v1, moco_v2, simclr, byol, byol_asym, simsiam, ressl, sce, co2, msf, "
-        "debiased, nnclr, barlow_twins, vicreg, swav or dino",
+        description="isd, isd_r18, isd_plus, npid, pirl, invprop, moco_v1, moco_v2, simclr, byol, byol_asym, simsiam, "
+        "ressl, sce, co2, msf, debiased, nnclr, barlow_twins, vicreg, deepcluster_v2, swav or dino",
     )
     temperature: float | None = Field(
         None,
@@ -99,13 +99,27 @@ class MethodConfig(Section):
     weight: float | None = Field(
         None,
         ge=0,
-        description="Share of the positive in the target (sce); factor of the consistency term (co2), of the terms off "
-        "the diagonal (barlow_twins)",
+        description="Share of the positive in the target (sce), of the puzzle (pirl); factor of the consistency term "
+        "(co2), of the terms off the diagonal (barlow_twins), of the term over links (invprop)",
     )
     weight_invariance: float | None = Field(None, ge=0, description="Factor of the views' distance (vicreg)")
     weight_variance: float | None = Field(None, ge=0, description="Factor of the variance term (vicreg)")
     weight_covariance: float | None = Field(None, ge=0, description="Factor of the covariance term (vicreg)")
-    prototypes: int | None = Field(None, ge=2, description="Prototypes, stand-ins for clusters (swav, dino)")
+    prototypes: int | None = Field(
+        None, ge=2, description="Prototypes, stand-ins for clusters (deepcluster_v2, swav, dino)"
+    )
+    negatives: int | None = Field(
+        None, ge=0, description="Images of the bank to contrast with; 0 for all (npid, pirl, invprop)"
+    )
+    positives: int | None = Field(
+        None, ge=1, description="Images reached over links that are pulled to (invprop)"
+    )
+    bank_momentum: float | None = Field(
+        None, ge=0, le=1, description="Share of the old row in the bank's new one (npid, pirl, invprop)"
+    )
+    weight_start: int | None = Field(
+        None, ge=0, description="Step from which the term of --method.weight counts (invprop)"
+    )
     freeze: int | None = Field(
         None, ge=0, description="First steps with prototypes as they were (swav, dino)"
     )

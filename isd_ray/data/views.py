@@ -52,6 +52,8 @@ _STRONG = View(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grey_p=0.2, blur_p=0.5
 _SIMCLR = View(scale=(0.08, 1.0), jitter=(0.8, 0.8, 0.8, 0.2), jitter_p=0.8, grey_p=0.2, blur_p=0.5)
 _BYOL = View(scale=(0.08, 1.0), jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, grey_p=0.2)
 
+_PIRL = View(jitter=(0.4, 0.4, 0.4, 0.2), jitter_p=0.8, grey_p=0.2)
+
 _TEXTURE = View(
     scale=(0.4, 1.0), jitter=(0.8, 0.8, 0.0, 0.0), jitter_p=0.9, blur_p=0.5, sigma=(0.1, 1.0), blur_from=0
 )
@@ -71,6 +73,8 @@ VIEWS: dict[str, View] = {
     ),
     "sdclr_in100": replace(_STRONG, scale=(0.08, 1.0), interpolation="bicubic"),
     "texture": _TEXTURE,  # grey images whose class is a local pattern: light and blur vary, colour says nothing
+    "pirl_image": replace(_PIRL, scale=(0.08, 1.0)),
+    "pirl_puzzle": replace(_PIRL, scale=(0.6, 1.0)),
     "swav_large": replace(_SIMCLR, scale=(0.14, 1.0)),
     "swav_small": replace(_SIMCLR, scale=(0.05, 0.14), side=96 / 224),
 }

@@ -11,11 +11,15 @@ from isd_ray.methods.base import Method, Output
 from isd_ray.methods.byol import BYOL, BYOLAsym
 from isd_ray.methods.co2 import CO2
 from isd_ray.methods.debiased import Debiased
+from isd_ray.methods.deepcluster import DeepClusterV2
 from isd_ray.methods.dino import DINO
+from isd_ray.methods.invprop import InvProp
 from isd_ray.methods.isd import ISD, ISDR18, ISDPlus, initial_keys
 from isd_ray.methods.moco import MoCoV1, MoCoV2
 from isd_ray.methods.msf import MSF
 from isd_ray.methods.nnclr import NNCLR
+from isd_ray.methods.npid import NPID
+from isd_ray.methods.pirl import PIRL
 from isd_ray.methods.ressl import ReSSL
 from isd_ray.methods.sce import SCE
 from isd_ray.methods.simclr import SimCLR
@@ -27,6 +31,9 @@ METHODS: dict[str, type[Method]] = {
     "isd": ISD,
     "isd_r18": ISDR18,
     "isd_plus": ISDPlus,
+    "npid": NPID,
+    "pirl": PIRL,
+    "invprop": InvProp,
     "moco_v1": MoCoV1,
     "moco_v2": MoCoV2,
     "simclr": SimCLR,
@@ -41,6 +48,7 @@ METHODS: dict[str, type[Method]] = {
     "nnclr": NNCLR,
     "barlow_twins": BarlowTwins,
     "vicreg": VICReg,
+    "deepcluster_v2": DeepClusterV2,
     "swav": SwAV,
     "dino": DINO,
 }
@@ -56,8 +64,8 @@ def find_method(name: str) -> type[Method]:
     return METHODS[name]
 
 
-def build_method(name: str, backbone: nn.Module, queue: Any = None, **options: Any) -> Method:
-    """Build a method on a backbone and, where `find_method(name).uses_queue`, on a queue of
+def build_method(name: str, backbone: nn.Module, memory: Any = None, **options: Any) -> Method:
+    """Build a method on a backbone and, where `find_method(name).uses_queue` or `.uses_bank`, on a queue or bank of
     `find_method(name).embedding_dim(backbone.dim)` columns.
 
     options: the keyword arguments of its constructor. Raises UserError for one that it does not have.
@@ -65,7 +73,8 @@ def build_method(name: str, backbone: nn.Module, queue: Any = None, **options: A
     method: Any = find_method(name)
     for option in options:
         _refuse_unknown(name, option)
-    return method(backbone, queue, **options) if method.uses_queue else method(backbone, **options)
+    remembers = method.uses_queue or method.uses_bank
+    return method(backbone, memory, **options) if remembers else method(backbone, **options)
 
 
 def options_of(name: str) -> tuple[str, ...]:

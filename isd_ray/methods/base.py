@@ -22,25 +22,28 @@ class Output(NamedTuple):
 class Method(nn.Module):
     """One method of self-supervised learning: a page that declares heads, views and loss, and nothing else.
 
-    The loop calls, once an optimiser step, `update_teacher(momentum)` and then `forward`. That is the
-    papers' order: theirs updates the teacher after the student's forward pass and before the teacher's, and
-    nothing between the two calls here depends on it.
+    The loop calls `begin_epoch`, and, once an optimiser step, `update_teacher(momentum)` and then `forward`. That
+    is the papers' order: theirs updates the teacher after the student's forward pass and before the teacher's,
+    and nothing between the two calls here depends on it.
 
     views: the augmentation recipe of each entry of `forward`'s list, in its order.
     defaults: dotted config names -> values of the published recipe; what the user sets goes before them. A
         method has exactly those options `method.*`, and `queue.exclude_own`, that stand here.
-    uses_queue: whether the constructor takes a queue of anchors, after the backbone.
+    uses_queue: whether the constructor takes a queue of anchors, after the backbone; uses_bank: a bank with a row for
+        every training image, of `bank_ids` integers beside the embedding.
     constant_lr: submodules whose learning rate stays at its peak while the schedule lowers the others.
     """
 
     views: tuple[str, ...]
     defaults: ClassVar[dict[str, Any]] = {}
     uses_queue: ClassVar[bool] = True
+    uses_bank: ClassVar[bool] = False
+    bank_ids: ClassVar[int] = 0
     constant_lr: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def embedding_dim(cls, backbone_dim: int) -> int:
-        """Width of the embeddings in the queue, where there is one; known before a backbone or a queue exists."""
+        """Width of the embeddings in the queue or bank, where there is one; known before any of them exists."""
         raise NotImplementedError
 
     @classmethod
@@ -50,6 +53,9 @@ class Method(nn.Module):
 
     def update_teacher(self, momentum: float) -> None:
         """Move the teacher towards the student; a method without a teacher has nothing to do."""
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Called before the first step of each epoch, by all ranks."""
 
     def forward(
         self, views: list[Tensor], index: Tensor, label: Tensor | None = None, diagnose: bool = False

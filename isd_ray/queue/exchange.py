@@ -92,9 +92,11 @@ def _pack(parts: list[Tensor]) -> Tensor:
 def _unpack(packed: Tensor, like: list[Tensor]) -> list[Tensor]:
     out, a = [], 0
     for part in like:
+        rows = part.new_empty(len(packed), _width(part))
         b = a + _width(part) * part.element_size()
-        column = packed[:, a:b].contiguous().view(part.dtype)
-        out.append(column.reshape(len(packed), *part.shape[1:]))
+        if a < b:
+            rows.view(torch.uint8).copy_(packed[:, a:b])
+        out.append(rows.reshape(len(packed), *part.shape[1:]))
         a = b
     return out
 

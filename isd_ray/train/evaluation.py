@@ -59,8 +59,8 @@ def evaluate_run(
 
 def networks(config: Config, folder: RunFolder, checkpoint: str | None) -> dict[str, nn.Module]:
     """Return student and (where there is one) teacher of the checkpoint, and the backbone before training."""
-    state = build_state(config, torch.device("cpu"))
-    untrained = build_state(config, torch.device("cpu")).method.encoders()["student"]
+    state = build_state(config, torch.device("cpu"), images=1)
+    untrained = build_state(config, torch.device("cpu"), images=1).method.encoders()["student"]
     saved = load_checkpoint(folder, checkpoint)
     if saved is None:
         raise UserError(f"{folder.uri}: no checkpoint yet; train the run first")

@@ -28,7 +28,7 @@ def train(config: Config, folder: RunFolder, worker: Worker) -> None:
     """Train to the last epoch, from the newest checkpoint of the run where there is one."""
     torch.use_deterministic_algorithms(config.train.deterministic and worker.device.type == "cpu")
     stream = build_stream(config, folder, worker)
-    state = build_state(config, worker.device)
+    state = build_state(config, worker.device, stream.table.num_rows)
     saved = load_checkpoint(folder)
     if saved:
         state.load(saved)
@@ -67,6 +67,8 @@ def run_epochs(config: Config, folder: RunFolder, worker: Worker, stream: Stream
     log = Log(config, folder, worker, stream.steps, state.step)
     while state.step < total:
         epoch, start = divmod(state.step, stream.steps)
+        if start == 0:
+            state.method.begin_epoch(epoch)
         for batch in log.waiting(stream.epoch(epoch, start=start)):
             rate, due = float(rates[state.step]), log.due(state.step + 1)
             set_rate(state.optimizer, rate, config.train.lr)

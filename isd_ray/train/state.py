@@ -11,6 +11,7 @@ from isd_ray.config import Config
 from isd_ray.methods import Method, build_method, find_method, initial_keys, options_of
 from isd_ray.models.backbones import build_backbone
 from isd_ray.queue import DistributedQueue
+from isd_ray.queue.bank import Bank
 from isd_ray.queue.exchange import all_gather
 from isd_ray.train.optim import build_optimizer
 
@@ -27,23 +28,25 @@ class Worker:
 
 @dataclass
 class State:
-    """Everything that changes while training; `queue` is None for a method without one.
+    """Everything that changes while training; `queue` and `bank` are None for a method without one.
 
     `step` counts finished optimiser steps.
     """
 
     method: Method
     queue: DistributedQueue | None
+    bank: Bank | None
     optimizer: torch.optim.Optimizer
     step: int = 0
 
     def save(self) -> dict[str, Any]:
-        """Return tensors and plain values. All ranks call it together: a sharded queue is gathered."""
+        """Return tensors and plain values. All ranks call it together: a sharded queue or bank is gathered."""
         return {
             "step": self.step,
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "queue": None if self.queue is None else self.queue.state_dict(),
+            "bank": None if self.bank is None else self.bank.state_dict(),
         }
 
     def load(self, saved: dict[str, Any]) -> None:
@@ -52,24 +55,31 @@ class State:
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.queue is not None:
             self.queue.load_state_dict(saved["queue"])
+        if self.bank is not None:
+            self.bank.load_state_dict(saved["bank"])
         self.step = saved["step"]
 
 
-def build_state(config: Config, device: torch.device) -> State:
-    """Build the method, its queue and its optimiser from the seed: the same on every rank."""
+def build_state(config: Config, device: torch.device, images: int) -> State:
+    """Build the method, its queue or bank and its optimiser from the seed: the same on every rank.
+
+    images: size of the training set, for the bank; 1 where only the networks are wanted.
+    """
     torch.manual_seed(config.train.seed)
     model, size = config.model, config.data.image_size
     backbone = build_backbone(model.backbone, stem=model.stem, image_size=size)
-    name, queue = config.method.name, None
-    if find_method(name).uses_queue:
-        dim = find_method(name).embedding_dim(int(backbone.dim))  # type: ignore[arg-type]
-        queue = build_queue(config, dim, device)
-    method = build_method(name, backbone, queue, **method_options(config))
+    kind, queue, bank = find_method(config.method.name), None, None
+    dim = int(backbone.dim)  # type: ignore[arg-type]
+    if kind.uses_queue:
+        queue = build_queue(config, kind.embedding_dim(dim), device)
+    if kind.uses_bank:
+        bank = Bank(images, kind.embedding_dim(dim), kind.bank_ids, config.train.seed, device=device)
+    method = build_method(config.method.name, backbone, queue or bank, **method_options(config))
     if config.train.sync_batch_norm:
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
     method.to(device)
     method.to(memory_format=torch.channels_last)
-    return State(method, queue, build_optimizer(method, config.train, constant=method.constant_lr))
+    return State(method, queue, bank, build_optimizer(method, config.train, constant=method.constant_lr))
 
 
 def method_options(config: Config) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def prepare_folder(config: Config, folder: RunFolder, table: pa.Table) -> None:
 
 def export(config: Config, folder: RunFolder) -> None:
     """Write the trained student backbone as safetensors."""
-    state = build_state(config, torch.device("cpu"))
+    state = build_state(config, torch.device("cpu"), images=1)
     saved = load_checkpoint(folder)
     if saved is None:
         raise UserError(
