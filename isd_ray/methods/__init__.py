@@ -12,6 +12,7 @@ from isd_ray.methods.byol import BYOL, BYOLAsym
 from isd_ray.methods.co2 import CO2
 from isd_ray.methods.debiased import Debiased
 from isd_ray.methods.dino import DINO
+from isd_ray.methods.fnc import FNC
 from isd_ray.methods.isd import ISD, ISDR18, ISDPlus, initial_keys
 from isd_ray.methods.moco import MoCoV1, MoCoV2
 from isd_ray.methods.msf import MSF
@@ -43,6 +44,7 @@ METHODS: dict[str, type[Method]] = {
     "vicreg": VICReg,
     "swav": SwAV,
     "dino": DINO,
+    "fnc": FNC,
 }
 
 __all__ = ["METHODS", "Method", "Output", "build_method", "find_method", "initial_keys", "options_of"]

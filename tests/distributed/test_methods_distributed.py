@@ -36,7 +36,7 @@ class Flat(nn.Module):
         return self.body(x)
 
 
-def build(name: str, group) -> nn.Module:
+def build(name: str, group, **options) -> nn.Module:
     """A method in float64 with smooth heads in place of its own; group None: of all processes."""
     torch.manual_seed(0)
     queue = None
@@ -48,7 +48,7 @@ def build(name: str, group) -> nn.Module:
         distributed |= {"prototypes": DIM, "freeze": 1}
     if name == "swav":
         distributed |= {"queue_start": 1}
-    method = build_method(name, Flat(), queue, **distributed)
+    method = build_method(name, Flat(), queue, **distributed, **options)
     method.student = nn.Sequential(method.student.backbone, nn.Linear(Flat.dim, DIM))
     if hasattr(method, "predictor"):
         method.predictor = nn.Sequential(nn.Tanh(), nn.Linear(DIM, DIM))
@@ -60,10 +60,10 @@ def build(name: str, group) -> nn.Module:
 
 
 def batches(name: str) -> tuple[Tensor, Tensor]:
-    """Two views [2, N, SIZE] and the index [N] of the images of all steps; some images come again."""
-    rows = STEPS[-1].stop
+    """The method's views [V, N, SIZE] and the index [N] of the images of all steps; some images come again."""
+    count, rows = len(METHODS[name].defaults["method.views"]), STEPS[-1].stop
     views = torch.randn(
-        2, rows, SIZE, generator=torch.Generator().manual_seed(len(name)), dtype=torch.float64
+        count, rows, SIZE, generator=torch.Generator().manual_seed(len(name)), dtype=torch.float64
     )
     return views, torch.arange(rows) % 20
 
@@ -77,9 +77,9 @@ def step(model: nn.Module, method, optimizer, views, index, scale: float) -> Ten
     return loss.detach()
 
 
-def check(name: str, alone) -> None:
+def check(name: str, alone, **options) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
-    method, single = build(name, None), build(name, alone)
+    method, single = build(name, None, **options), build(name, alone, **options)
     model = DistributedDataParallel(method, broadcast_buffers=False)
     optimizers = [
         torch.optim.SGD([p for p in m.parameters() if p.requires_grad], 0.1) for m in (method, single)
@@ -115,6 +115,7 @@ def run(rank: int, port: int) -> None:
     check_gather(rank)
     for name in METHODS:
         check(name, alone)
+    check("fnc", alone, false_negatives="eliminate")
     dist.destroy_process_group()
 
 
