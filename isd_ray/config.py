@@ -83,7 +83,7 @@ class MethodConfig(Section):
     name: str = Field(
         "isd",
         description="isd, isd_r18, isd_plus, npid, pirl, invprop, moco_v1, moco_v2, simclr, byol, byol_asym, simsiam, "
-        "ressl, sce, co2, msf, debiased, nnclr, barlow_twins, vicreg, deepcluster_v2, swav or dino",
+        "ressl, sce, co2, msf, debiased, fnc, nnclr, barlow_twins, vicreg, deepcluster_v2, swav or dino",
     )
     temperature: float | None = Field(
         None,
@@ -132,8 +132,10 @@ class MethodConfig(Section):
         None, ge=0, lt=1, description="Chance that two images are of one class (debiased)"
     )
     neighbours: int | None = Field(
-        None, ge=1, description="Nearest anchors that are pulled to, the key itself included (msf)"
+        None, ge=1, description="Nearest anchors, own key included (msf); most false negatives (fnc)"
     )
+    threshold: float | None = Field(None, description="Cosine above which a negative may be false (fnc)")
+    false_negatives: Literal["eliminate", "attract"] | None = Field(None, description="Their fate (fnc)")
     symmetric: bool | None = Field(
         None, description="Also with the views swapped, at twice the cost (moco_v1, moco_v2)"
     )

@@ -13,6 +13,7 @@ from isd_ray.methods.co2 import CO2
 from isd_ray.methods.debiased import Debiased
 from isd_ray.methods.deepcluster import DeepClusterV2
 from isd_ray.methods.dino import DINO
+from isd_ray.methods.fnc import FNC
 from isd_ray.methods.invprop import InvProp
 from isd_ray.methods.isd import ISD, ISDR18, ISDPlus, initial_keys
 from isd_ray.methods.moco import MoCoV1, MoCoV2
@@ -45,6 +46,7 @@ METHODS: dict[str, type[Method]] = {
     "co2": CO2,
     "msf": MSF,
     "debiased": Debiased,
+    "fnc": FNC,
     "nnclr": NNCLR,
     "barlow_twins": BarlowTwins,
     "vicreg": VICReg,

@@ -46,7 +46,7 @@ class Puzzle(nn.Sequential):
         super().__init__(OrderedDict(backbone=backbone))
 
 
-def build(name: str, group) -> nn.Module:
+def build(name: str, group, **options) -> nn.Module:
     """A method in float64 with smooth heads in place of its own; group None: of all processes."""
     torch.manual_seed(0)
     memory: DistributedQueue | Bank | None = None
@@ -56,7 +56,7 @@ def build(name: str, group) -> nn.Module:
     if METHODS[name].uses_bank:
         memory = Bank(IMAGES, dim, METHODS[name].bank_ids, group=group, dtype=torch.float64)
         memory.written.fill_(True)  # so that every image has a cluster
-    options = {"gather": all_gather} if group is None and "gather" in options_of(name) else {}
+    options |= {"gather": all_gather} if group is None and "gather" in options_of(name) else {}
     smaller = {
         "prototypes": DIM,
         "freeze": 1,
@@ -80,10 +80,11 @@ def build(name: str, group) -> nn.Module:
 
 
 def batches(name: str) -> tuple[Tensor, Tensor]:
-    """Two views [2, N, SIZE] and the index [N] of the images of all steps; some images come again."""
-    rows, generator = STEPS[-1].stop, torch.Generator().manual_seed(len(name))
+    """The method's views [V, N, SIZE] and the index [N] of the images of all steps; some images come again."""
+    count, rows = len(METHODS[name].defaults["method.views"]), STEPS[-1].stop
     side = (3, 6, 6) if name == "pirl" else (SIZE,)
-    views = torch.randn(2, rows, *side, generator=generator, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(len(name))
+    views = torch.randn(count, rows, *side, generator=generator, dtype=torch.float64)
     return views, torch.arange(rows) % IMAGES
 
 
@@ -97,9 +98,9 @@ def step(model: nn.Module, method, optimizer, views, index, scale: float) -> Ten
     return loss.detach()
 
 
-def check(name: str, alone) -> None:
+def check(name: str, alone, **options) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
-    method, single = build(name, None), build(name, alone)
+    method, single = build(name, None, **options), build(name, alone, **options)
     model = DistributedDataParallel(method, broadcast_buffers=False)
     optimizers = [
         torch.optim.SGD([p for p in m.parameters() if p.requires_grad], 0.1) for m in (method, single)
@@ -142,6 +143,7 @@ def run(rank: int, port: int) -> None:
     check_bank(alone)
     for name in METHODS:
         check(name, alone)
+    check("fnc", alone, false_negatives="eliminate")
     dist.destroy_process_group()
 
 

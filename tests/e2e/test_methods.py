@@ -26,6 +26,7 @@ def test_a_method_trains_and_continues_to_the_same_bits(options, name):
     from test_pretrain import assert_same
 
     options["method.name"] = name
+    options["method.views"] += ["weak"] * (len(METHODS[name].defaults["method.views"]) - 2)  # support views
     isd_ray.pretrain(options | {"name": "whole"})
     whole, half = (RunFolder(f"{options['output']}/{run}") for run in ("whole", "half"))
     half.write(HALF, whole.read(HALF))

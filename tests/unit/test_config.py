@@ -37,7 +37,9 @@ def test_a_method_has_its_own_options_and_no_others():
 
 
 def test_options_of_other_methods_are_refused_with_their_owners():
-    with pytest.raises(UserError, match=r"--method.neighbours: method 'isd' has no such option; .*: msf$"):
+    with pytest.raises(
+        UserError, match=r"--method.neighbours: method 'isd' has no such option; .*: msf, fnc$"
+    ):
         parse(["--method.name", "isd", "--method.neighbours", "3"])
     with pytest.raises(
         UserError, match=r"method.momentum: method 'simclr' .*: isd, .*moco_v2.*method.weight"

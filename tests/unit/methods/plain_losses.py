@@ -68,6 +68,22 @@ def plain_debiased(z_1, z_2, t, prior):
     return torch.stack(terms).mean()
 
 
+def plain_fnc(z_1, z_2, support, t, mode, neighbours, threshold):
+    z, b = torch.cat([z_1, z_2]), len(z_1)
+    terms = []
+    for i in range(len(z)):
+        views = [v[i % b].detach() for v in (z_1, z_2, *support)]
+        others = [j for j in range(len(z)) if j % b != i % b]
+        score = {j: max((view @ z[j]).item() for view in views) for j in others}
+        best = sorted(others, key=lambda j: -score[j])[:neighbours]
+        false = [j for j in best if score[j] > threshold]
+        rivals = [j for j in range(len(z)) if j != i and not (mode == "eliminate" and j in false)]
+        total = sum((z[i] @ z[j] / t).exp() for j in rivals)
+        pulled = [(i + b) % len(z)] + (false if mode == "attract" else [])
+        terms.append(sum(-((z[i] @ z[p] / t).exp() / total).log() for p in pulled) / len(pulled))
+    return torch.stack(terms).mean()
+
+
 def plain_nnclr(z, p, anchors, mask, t):
     nearest = anchors[(z @ anchors.T).masked_fill(~mask, -torch.inf).argmax(1)]
     return -(nearest @ p.T / t).log_softmax(1).diagonal().mean()
@@ -156,6 +172,8 @@ def plain_of_a_batch(name, z, p, anchors, mask):
         return plain_vicreg(*z)
     if name == "debiased":
         return plain_debiased(unit(z[0]), unit(z[1]), 0.5, 0.1)
+    if name == "fnc":
+        return plain_fnc(unit(z[0]), unit(z[1]), [unit(x) for x in z[2:]], 0.1, "attract", 10, 0.7)
     if name == "nnclr":
         pairs = ((z[0], p[1]), (z[1], p[0]))
         return sum(plain_nnclr(unit(x), y, anchors, mask, 0.2) for x, y in pairs) / 2

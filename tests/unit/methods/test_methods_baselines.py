@@ -300,6 +300,7 @@ def test_heads_are_those_of_the_papers():
     moco, simclr, byol, asym, simsiam, ressl, sce, co2, msf = (build(name) for name in names)
     assert shapes(build("moco_v1").student) == [(128, d)]
     assert shapes(build("debiased").student) == shapes(simclr.student)
+    assert shapes(build("fnc").student) == [(d, d), (d, d), (128, d)]
     nnclr, wide = build("nnclr"), [(2048, d), (2048, 2048), (2048, 2048)]
     assert shapes(nnclr.student, nnclr.predictor) == [(2048, d), (256, 2048), (4096, 256), (256, 4096)]
     assert shapes(build("barlow_twins").student) == shapes(build("vicreg").student) == wide
