@@ -83,7 +83,8 @@ class MethodConfig(Section):
     name: str = Field(
         "isd",
         description="isd, isd_r18, isd_plus, moco_v1, moco_v2, simclr, byol, byol_asym, simsiam, ressl, sce, co2, msf, "
-        "debiased, nnclr, barlow_twins, vicreg, swav or dino",
+        "debiased, nnclr, barlow_twins, vicreg, swav, dino, compress_1q, "
+        "compress_2q or seed",
     )
     temperature: float | None = Field(
         None,
@@ -91,7 +92,9 @@ class MethodConfig(Section):
         description="Temperature of the (student's) similarities; not byol*, simsiam, msf, barlow_twins, vicreg",
     )
     temperature_teacher: float | None = Field(
-        None, gt=0, description="Temperature of the teacher's similarities (isd*, ressl, sce, dino)"
+        None,
+        gt=0,
+        description="Temperature of the teacher's similarities (isd*, ressl, sce, dino, seed, compress_*)",
     )
     temperature_consistency: float | None = Field(
         None, gt=0, description="Temperature of both sides of the consistency term (co2)"
@@ -132,6 +135,24 @@ class MethodConfig(Section):
     views: list[str] = Field(
         ["strong", "strong"], description="View recipe of the student and of the teacher"
     )
+    teacher: str | None = Field(
+        None,
+        description="Frozen teacher (seed, compress_*): folder of a finished run, a checkpoint of a run, or a local "
+        "file of weights; its images are normalised with --data.mean and --data.std",
+    )
+    teacher_backbone: str | None = Field(
+        None, description="What the file of weights is, where it does not say: resnet18/34/50 or timm:NAME"
+    )
+    teacher_encoder: Literal["student", "teacher"] | None = Field(
+        None, description="Which network of the run or of the published checkpoint is the teacher"
+    )
+
+    @field_validator("teacher", mode="after")
+    @classmethod
+    def _make_absolute(cls, teacher: str | None) -> str | None:
+        """Workers and later jobs run in other folders."""
+        local = teacher is not None and "://" not in teacher
+        return str(Path(teacher).expanduser().absolute()) if local else teacher  # type: ignore[arg-type]
 
 
 class QueueConfig(Section):

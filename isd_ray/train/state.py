@@ -10,9 +10,11 @@ from torch import nn
 from isd_ray.config import Config
 from isd_ray.methods import Method, build_method, find_method, initial_keys, options_of
 from isd_ray.models.backbones import build_backbone
+from isd_ray.models.frozen import Frozen
 from isd_ray.queue import DistributedQueue
 from isd_ray.queue.exchange import all_gather
 from isd_ray.train.optim import build_optimizer
+from isd_ray.train.teacher import load_teacher
 
 
 @dataclass
@@ -57,14 +59,16 @@ class State:
 
 def build_state(config: Config, device: torch.device) -> State:
     """Build the method, its queue and its optimiser from the seed: the same on every rank."""
+    teacher = load_teacher(config)  # before the seed: to build it draws random numbers
     torch.manual_seed(config.train.seed)
     model, size = config.model, config.data.image_size
     backbone = build_backbone(model.backbone, stem=model.stem, image_size=size)
     name, queue = config.method.name, None
-    if find_method(name).uses_queue:
-        dim = find_method(name).embedding_dim(int(backbone.dim))  # type: ignore[arg-type]
-        queue = build_queue(config, dim, device)
-    method = build_method(name, backbone, queue, **method_options(config))
+    method_class: Any = find_method(name)
+    if method_class.uses_queue:
+        widths = [network.dim for network in (backbone, teacher) if network is not None]
+        queue = build_queue(config, method_class.embedding_dim(*widths), device)
+    method = build_method(name, backbone, queue, **method_options(config, teacher))
     if config.train.sync_batch_norm:
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
     method.to(device)
@@ -72,9 +76,10 @@ def build_state(config: Config, device: torch.device) -> State:
     return State(method, queue, build_optimizer(method, config.train, constant=method.constant_lr))
 
 
-def method_options(config: Config) -> dict[str, Any]:
+def method_options(config: Config, teacher: Frozen | None = None) -> dict[str, Any]:
     """Return the arguments that the method's constructor takes, and no others."""
     values = config.method.model_dump() | {"exclude_own": config.queue.exclude_own, "gather": all_gather}
+    values["teacher"] = teacher
     return {option: values[option] for option in options_of(config.method.name)}
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from isd_ray.methods import METHODS, build_method, options_of
+from isd_ray.models.frozen import Frozen
 from isd_ray.models.prototypes import Prototypes
 from isd_ray.models.teacher import Teacher
 from isd_ray.queue.distributed import DistributedQueue
@@ -26,10 +27,11 @@ STEPS = [slice(sum(map(sum, SHARES[:i])), sum(map(sum, SHARES[: i + 1]))) for i 
 class Flat(nn.Module):
     """A backbone without batch norm: its statistics would differ from those of the whole batch."""
 
-    dim = 8
+    dim, arch, stem = 8, "flat", "own"
 
-    def __init__(self) -> None:
+    def __init__(self, dim: int = dim) -> None:
         super().__init__()
+        self.dim = dim
         self.body = nn.Sequential(nn.Linear(SIZE, self.dim), nn.Tanh())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,21 +43,24 @@ def build(name: str, group) -> nn.Module:
     torch.manual_seed(0)
     queue = None
     if METHODS[name].uses_queue:
-        dim = 2 * DIM if name == "swav" else DIM
+        dim = 2 * DIM if name in ("swav", "compress_2q") else DIM
         queue = DistributedQueue(K, dim, "sharded", group, dtype=torch.float64)
     distributed = {"gather": all_gather} if group is None and "gather" in options_of(name) else {}
     if "prototypes" in options_of(name):
         distributed |= {"prototypes": DIM, "freeze": 1}
     if name == "swav":
         distributed |= {"queue_start": 1}
+    if "teacher" in options_of(name):
+        distributed |= {"teacher": Frozen(Flat(DIM))}
     method = build_method(name, Flat(), queue, **distributed)
     method.student = nn.Sequential(method.student.backbone, nn.Linear(Flat.dim, DIM))
     if hasattr(method, "predictor"):
         method.predictor = nn.Sequential(nn.Tanh(), nn.Linear(DIM, DIM))
     if name == "swav":
         method.assign = Prototypes(DIM, DIM, "step", frozen=1)
-    if hasattr(method, "teacher"):
-        method.teacher = Teacher(method.student)
+    for ema in ("teacher", "average"):
+        if isinstance(getattr(method, ema, None), Teacher):
+            setattr(method, ema, Teacher(method.student))
     return method.double().train()
 
 
