@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -90,6 +91,10 @@ def find_in_run(method: MethodConfig) -> Found | None:
 def find_in_file(method: MethodConfig) -> Found:
     """Take an encoder from a local file: ours or anyone's safetensors, a checkpoint of MoCo or ISD, a state dict."""
     path, metadata = str(method.teacher), {}
+    if Path(path).is_dir():
+        raise UserError(
+            f"--method.teacher {path}: no run there (config.yaml is missing); give a run or a file"
+        )
     if path.endswith(".safetensors"):
         metadata = interop.backbone_metadata(path)
         weights = load_file(path)
