@@ -5,7 +5,7 @@ those for the chosen method), the YAML file (`--config`), the command line (`--t
 name, and then every wrong value, is reported at once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 from isd_ray.errors import UserError, nearest
+from isd_ray.layers import Layer, flatten, merge, only
 
-Layer = Mapping[str, Any]
-MAPPINGS = ("data.scheme_options",)  # options whose value is itself a mapping
 # Options that a method has only if its published defaults name them; the method's own name is none of them.
 OF_METHODS = ("method.", "queue.exclude_own")
 
@@ -302,8 +301,8 @@ def resolve(*layers: Layer) -> Config:
 
     given = merge(*layers)
     _refuse_unknown_keys(given)
-    definition = load_definition(validate(_only(given, "data.dataset")).data.dataset)
-    name = validate(_only(merge(definition.defaults, given), "method.name")).method.name
+    definition = load_definition(validate(only(given, "data.dataset")).data.dataset)
+    name = validate(only(merge(definition.defaults, given), "method.name")).method.name
     method = find_method(name).defaults
     own = {o: v for o, v in flatten(given).items() if v is not None or not _of_methods(o)}
     _refuse_options_of_others(name, own)
@@ -322,18 +321,6 @@ def validate(values: Layer) -> Config:
         raise UserError("; ".join(lines)) from None
 
 
-def merge(*layers: Layer) -> dict[str, Any]:
-    """Merge nested mappings, later ones win; dotted names are unfolded first."""
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        for name, value in _unfold(layer).items():
-            below = merged.get(name)
-            merged[name] = (
-                merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-            )
-    return merged
-
-
 def option_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     """Return the dotted name of every option."""
     names = []
@@ -346,38 +333,9 @@ def option_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]
     return names
 
 
-def flatten(values: Layer, prefix: str = "") -> dict[str, Any]:
-    """Return the nested mapping as {dotted name: value}; an option whose value is a mapping keeps it whole."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        whole = not isinstance(value, Mapping) or prefix + name in MAPPINGS
-        flat |= {prefix + name: value} if whole else flatten(value, f"{prefix}{name}.")
-    return flat
-
-
 def to_yaml(config: Config) -> str:
     """Return the resolved configuration as YAML that `--config` reads back."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
-
-
-def _unfold(layer: Layer) -> dict[str, Any]:
-    """Turn {'train.lr': 1} into {'train': {'lr': 1}}, at every depth."""
-    unfolded: dict[str, Any] = {}
-    for name, value in layer.items():
-        head, _, rest = str(name).partition(".")
-        if rest:
-            value = _unfold({rest: value})
-        elif isinstance(value, Mapping):
-            value = _unfold(value)
-        below = unfolded.get(head)
-        unfolded[head] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return unfolded
-
-
-def _only(given: Layer, name: str) -> dict[str, Any]:
-    """Keep one option, which chooses a layer of defaults."""
-    flat = flatten(given)
-    return _unfold({name: flat[name]}) if name in flat else {}
 
 
 def _refuse_unknown_keys(given: Layer) -> None:

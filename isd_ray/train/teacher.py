@@ -61,7 +61,7 @@ def load_teacher(config: Config) -> Frozen | None:
                 f"{list(given)}; give it the teacher's"
             )
     teacher = Frozen(network)
-    refuse_size(teacher, data.image_size, method.teacher)
+    try_out(teacher, data.image_size, method.teacher)
     return teacher
 
 
@@ -163,12 +163,14 @@ def refuse_another_backbone(method: MethodConfig, arch: str) -> None:
         )
 
 
-def refuse_size(teacher: Frozen, size: int, source: str) -> None:
-    """Refuse a teacher that does not take images of this size, before a run begins."""
+def try_out(teacher: Frozen, size: int, source: str) -> None:
+    """Refuse, before a run begins, a teacher that does not take images of this size or answers no numbers."""
     try:
-        teacher(torch.zeros(1, 3, size, size))
+        features = teacher(torch.zeros(1, 3, size, size))
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
             f"--method.teacher {source}: it does not take images of {size} pixels: {reason}"
         ) from None
+    if not features.isfinite().all():
+        raise UserError(f"--method.teacher {source}: its features are not finite; the weights are broken")

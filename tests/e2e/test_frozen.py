@@ -162,6 +162,7 @@ def files(folder):
     save_file(load_file(folder / "ours.safetensors"), folder / "bare.safetensors")
     state = build_backbone("resnet18", "imagenet").state_dict()
     torch.save(state, folder / "resnet18.pth")
+    torch.save({n: v * torch.nan for n, v in state.items()}, folder / "nan.pth")
     torch.save(build_backbone("timm:vit_tiny_patch16_224", image_size=224).state_dict(), folder / "vit.pth")
     torch.save({f"encoder_k.{n}": v for n, v in state.items()}, folder / "keys_only.pth")
 
@@ -188,6 +189,7 @@ def files(folder):
             {"method.teacher": "FOLDER/resnet18.pth", "method.teacher_backbone": "resnet19"},
             "unknown backbone 'resnet19'. Did you mean 'resnet18'?",
         ),
+        ({"method.teacher": "FOLDER/nan.pth", "method.teacher_backbone": "resnet18"}, "not finite"),
         (
             {
                 "method.teacher": "FOLDER/resnet18.pth",
@@ -214,6 +216,14 @@ def test_bad_input_is_one_line_before_anything_is_written(options, tmp_path, cha
     assert words.replace("FOLDER", str(tmp_path)) in str(error.value)
     assert "\n" not in str(error.value)
     assert not RunFolder(f"{options['output']}/run").exists("config.yaml")
+
+
+def test_a_teacher_that_takes_no_such_images(options, tmp_path):
+    path = tmp_path / "vit.safetensors"
+    export_backbone(build_backbone("timm:vit_tiny_patch16_224", image_size=32), path)
+    assert load(options | {"method.teacher": str(path), "data.image_size": 32}).dim == 192
+    with pytest.raises(UserError, match=r"vit.safetensors: it does not take images of 48 pixels: Input"):
+        load(options | {"method.teacher": str(path), "data.image_size": 48})
 
 
 def test_a_run_that_cannot_be_a_teacher(options, teacher_run, tmp_path):
