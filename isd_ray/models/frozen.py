@@ -23,9 +23,8 @@ class Frozen(nn.Module):
         super().__init__()
         self.dim = int(network.dim)  # type: ignore[arg-type]
         self.fingerprint = fingerprint(network)
-        self._hidden = (
-            network.eval().requires_grad_(False),
-        )  # in a tuple: a plain attribute would be registered
+        # In a tuple: as a plain attribute it would be a submodule, with parameters, a mode and a state dict.
+        self._hidden = (network.eval().requires_grad_(False),)
 
     @property
     def network(self) -> nn.Module:
