@@ -2,9 +2,11 @@
 
 Trains every method on the embedded long-tailed set as `python jobs/pretrain.py --method.name NAME` would, for a
 number of epochs that suits two cores, and prints 20-NN accuracies beside those of the untrained backbone and of
-raw pixels. One seed, a small backbone, a short budget: it shows that every method learns, not which is best.
+raw pixels. One seed, a small backbone, a short budget: it shows that every method learns, not which is best. Methods
+with a frozen teacher learn from the run of isd_plus, which is trained first where it is not there; their column
+"teacher" is that network.
 
-    python -m benchmarks.methods                         # all that need no teacher file, about a minute each
+    python -m benchmarks.methods                         # all, about a minute each
     python -m benchmarks.methods --methods isd simclr --epochs 40
     python -m benchmarks.methods --methods byol --curve  # accuracy at every quarter of the run
 
@@ -27,11 +29,15 @@ from isd_ray.train.folder import RunFolder, checkpoint_names
 from isd_ray.train.trainer import evaluate
 
 NEEDS_TEACHER = {name for name, method in METHODS.items() if "method.teacher" in method.defaults}
+TEACHER = "isd_plus"
 
 
 def options_of_run(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """The options of one method's run; what is not named is the method's and the data set's own."""
-    return {
+    teacher = {}
+    if name in NEEDS_TEACHER:
+        teacher = {"method.teacher": isd_ray.pretrain(options_of_run(TEACHER, options))["folder"]}
+    return teacher | {
         "method.name": name,
         "name": f"{name}-{options.epochs}",
         "output": str(options.runs),
@@ -86,8 +92,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    every = [name for name in METHODS if name not in NEEDS_TEACHER]
-    parser.add_argument("--methods", nargs="+", default=every, choices=sorted(every), metavar="NAME")
+    parser.add_argument(
+        "--methods", nargs="+", default=list(METHODS), choices=sorted(METHODS), metavar="NAME"
+    )
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--curve", action="store_true", help="also the accuracy along the run")

@@ -5,7 +5,7 @@ those for the chosen method), the YAML file (`--config`), the command line (`--t
 name, and then every wrong value, is reported at once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 from isd_ray.errors import UserError, nearest
+from isd_ray.layers import Layer, flatten, merge, only
 
-Layer = Mapping[str, Any]
-MAPPINGS = ("data.scheme_options",)  # options whose value is itself a mapping
 # Options that a method has only if its published defaults name them; the method's own name is none of them.
 OF_METHODS = ("method.", "queue.exclude_own")
 
@@ -83,7 +82,8 @@ class MethodConfig(Section):
     name: str = Field(
         "isd",
         description="isd, isd_r18, isd_plus, npid, pirl, invprop, moco_v1, moco_v2, simclr, byol, byol_asym, simsiam, "
-        "ressl, sce, co2, msf, debiased, fnc, nnclr, barlow_twins, vicreg, deepcluster_v2, swav or dino",
+        "ressl, sce, co2, msf, debiased, fnc, nnclr, barlow_twins, vicreg, deepcluster_v2, swav, dino, compress_1q, "
+        "compress_2q or seed",
     )
     temperature: float | None = Field(
         None,
@@ -91,7 +91,9 @@ class MethodConfig(Section):
         description="Temperature of the (student's) similarities; not byol*, simsiam, msf, barlow_twins, vicreg",
     )
     temperature_teacher: float | None = Field(
-        None, gt=0, description="Temperature of the teacher's similarities (isd*, ressl, sce, dino)"
+        None,
+        gt=0,
+        description="Temperature of the teacher's similarities (isd*, ressl, sce, dino, seed, compress_*)",
     )
     temperature_consistency: float | None = Field(
         None, gt=0, description="Temperature of both sides of the consistency term (co2)"
@@ -148,6 +150,24 @@ class MethodConfig(Section):
     views: list[str] = Field(
         ["strong", "strong"], description="View recipe of the student and of the teacher"
     )
+    teacher: str | None = Field(
+        None,
+        description="Frozen teacher (seed, compress_*): folder of a finished run, a checkpoint of a run, or a local "
+        "file of weights; its images are normalised with --data.mean and --data.std",
+    )
+    teacher_backbone: str | None = Field(
+        None, description="What the file of weights is, where it does not say: resnet18/34/50 or timm:NAME"
+    )
+    teacher_encoder: Literal["student", "teacher"] | None = Field(
+        None, description="Which network of the run or of the published checkpoint is the teacher"
+    )
+
+    @field_validator("teacher", mode="after")
+    @classmethod
+    def _make_absolute(cls, teacher: str | None) -> str | None:
+        """Workers and later jobs run in other folders."""
+        local = teacher is not None and "://" not in teacher
+        return str(Path(teacher).expanduser().absolute()) if local else teacher  # type: ignore[arg-type]
 
 
 class QueueConfig(Section):
@@ -297,8 +317,8 @@ def resolve(*layers: Layer) -> Config:
 
     given = merge(*layers)
     _refuse_unknown_keys(given)
-    definition = load_definition(validate(_only(given, "data.dataset")).data.dataset)
-    name = validate(_only(merge(definition.defaults, given), "method.name")).method.name
+    definition = load_definition(validate(only(given, "data.dataset")).data.dataset)
+    name = validate(only(merge(definition.defaults, given), "method.name")).method.name
     method = find_method(name).defaults
     own = {o: v for o, v in flatten(given).items() if v is not None or not _of_methods(o)}
     _refuse_options_of_others(name, own)
@@ -317,18 +337,6 @@ def validate(values: Layer) -> Config:
         raise UserError("; ".join(lines)) from None
 
 
-def merge(*layers: Layer) -> dict[str, Any]:
-    """Merge nested mappings, later ones win; dotted names are unfolded first."""
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        for name, value in _unfold(layer).items():
-            below = merged.get(name)
-            merged[name] = (
-                merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-            )
-    return merged
-
-
 def option_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     """Return the dotted name of every option."""
     names = []
@@ -341,38 +349,9 @@ def option_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]
     return names
 
 
-def flatten(values: Layer, prefix: str = "") -> dict[str, Any]:
-    """Return the nested mapping as {dotted name: value}; an option whose value is a mapping keeps it whole."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        whole = not isinstance(value, Mapping) or prefix + name in MAPPINGS
-        flat |= {prefix + name: value} if whole else flatten(value, f"{prefix}{name}.")
-    return flat
-
-
 def to_yaml(config: Config) -> str:
     """Return the resolved configuration as YAML that `--config` reads back."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
-
-
-def _unfold(layer: Layer) -> dict[str, Any]:
-    """Turn {'train.lr': 1} into {'train': {'lr': 1}}, at every depth."""
-    unfolded: dict[str, Any] = {}
-    for name, value in layer.items():
-        head, _, rest = str(name).partition(".")
-        if rest:
-            value = _unfold({rest: value})
-        elif isinstance(value, Mapping):
-            value = _unfold(value)
-        below = unfolded.get(head)
-        unfolded[head] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return unfolded
-
-
-def _only(given: Layer, name: str) -> dict[str, Any]:
-    """Keep one option, which chooses a layer of defaults."""
-    flat = flatten(given)
-    return _unfold({name: flat[name]}) if name in flat else {}
 
 
 def _refuse_unknown_keys(given: Layer) -> None:

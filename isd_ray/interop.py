@@ -109,8 +109,13 @@ def backbone_metadata(path: StrPath) -> dict[str, str]:
 def load_backbone(backbone: nn.Module, path: StrPath) -> None:
     """Load a safetensors file into a backbone. Raises UserError on any key or shape that does not match."""
     backbone_metadata(path)
-    weights = load_file(path)
-    _refuse(_unmatched(weights, backbone.state_dict()), path, allowed=False)
+    load_weights(backbone, load_file(path), path)
+
+
+def load_weights(backbone: nn.Module, weights: Mapping[str, Tensor], source: StrPath) -> None:
+    """Copy weights into a backbone, all or none. Raises UserError, in the name of `source`, on any key or shape
+    that does not match."""
+    _refuse(_unmatched(weights, backbone.state_dict()), source, allowed=False)
     _copy(weights, backbone)
 
 

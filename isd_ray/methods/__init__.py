@@ -10,6 +10,7 @@ from isd_ray.methods.barlow_twins import BarlowTwins
 from isd_ray.methods.base import Method, Output
 from isd_ray.methods.byol import BYOL, BYOLAsym
 from isd_ray.methods.co2 import CO2
+from isd_ray.methods.compress import Compress1Q, Compress2Q
 from isd_ray.methods.debiased import Debiased
 from isd_ray.methods.deepcluster import DeepClusterV2
 from isd_ray.methods.dino import DINO
@@ -23,6 +24,7 @@ from isd_ray.methods.npid import NPID
 from isd_ray.methods.pirl import PIRL
 from isd_ray.methods.ressl import ReSSL
 from isd_ray.methods.sce import SCE
+from isd_ray.methods.seed import SEED
 from isd_ray.methods.simclr import SimCLR
 from isd_ray.methods.simsiam import SimSiam
 from isd_ray.methods.swav import SwAV
@@ -53,6 +55,9 @@ METHODS: dict[str, type[Method]] = {
     "deepcluster_v2": DeepClusterV2,
     "swav": SwAV,
     "dino": DINO,
+    "compress_1q": Compress1Q,
+    "compress_2q": Compress2Q,
+    "seed": SEED,
 }
 
 __all__ = ["METHODS", "Method", "Output", "build_method", "find_method", "initial_keys", "options_of"]
@@ -68,7 +73,8 @@ def find_method(name: str) -> type[Method]:
 
 def build_method(name: str, backbone: nn.Module, memory: Any = None, **options: Any) -> Method:
     """Build a method on a backbone and, where `find_method(name).uses_queue` or `.uses_bank`, on a queue or bank of
-    `find_method(name).embedding_dim(backbone.dim)` columns.
+    `find_method(name).embedding_dim(backbone.dim)` columns; of a method with the option `teacher` (a
+    `models.frozen.Frozen`), `embedding_dim(backbone.dim, teacher.dim)`.
 
     options: the keyword arguments of its constructor. Raises UserError for one that it does not have.
     """

@@ -79,6 +79,28 @@ def sce(
     return torch.where(found, torch.logaddexp(positive, lse_q) - target, 0)
 
 
+def seed(
+    queue: DistributedQueue,
+    q: Tensor,
+    k: Tensor,
+    temperature_student: float,
+    temperature_teacher: float,
+    exclude: Tensor | None = None,
+) -> Tensor:
+    """SEED (Fang et al. 2021): cross-entropy of softmax over [q.k ; q.A] / t_student with that over [1 ; k.A] /
+    t_teacher, [B].
+
+    The teacher gives the image itself the weight w = sigmoid(1 / t_teacher - lse(k)) and deals out 1 - w among
+    the anchors.
+    """
+    k = k.detach()
+    lse_q, read_k, lse_k, found = _look_up(queue, q, k, temperature_student, temperature_teacher, exclude)
+    weight = torch.sigmoid(1 / temperature_teacher - lse_k)
+    positive = _dot(q, k) / temperature_student
+    target = weight * positive + (1 - weight) * _dot(q, read_k) / temperature_student
+    return torch.where(found, torch.logaddexp(positive, lse_q) - target, 0)
+
+
 def co2(
     queue: DistributedQueue, q: Tensor, k: Tensor, temperature: float, exclude: Tensor | None = None
 ) -> Tensor:

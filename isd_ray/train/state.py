@@ -10,10 +10,12 @@ from torch import nn
 from isd_ray.config import Config
 from isd_ray.methods import Method, build_method, find_method, initial_keys, options_of
 from isd_ray.models.backbones import build_backbone
+from isd_ray.models.frozen import Frozen
 from isd_ray.queue import DistributedQueue
 from isd_ray.queue.bank import Bank
 from isd_ray.queue.exchange import all_gather
 from isd_ray.train.optim import build_optimizer
+from isd_ray.train.teacher import load_teacher
 
 
 @dataclass
@@ -65,16 +67,19 @@ def build_state(config: Config, device: torch.device, images: int) -> State:
 
     images: size of the training set, for the bank; 1 where only the networks are wanted.
     """
+    teacher = load_teacher(config)  # before the seed: to build it draws random numbers
     torch.manual_seed(config.train.seed)
     model, size = config.model, config.data.image_size
     backbone = build_backbone(model.backbone, stem=model.stem, image_size=size)
-    kind, queue, bank = find_method(config.method.name), None, None
-    dim = int(backbone.dim)  # type: ignore[arg-type]
+    kind: Any = find_method(config.method.name)
+    widths = [network.dim for network in (backbone, teacher) if network is not None]
+    queue, bank = None, None
     if kind.uses_queue:
-        queue = build_queue(config, kind.embedding_dim(dim), device)
+        queue = build_queue(config, kind.embedding_dim(*widths), device)
     if kind.uses_bank:
-        bank = Bank(images, kind.embedding_dim(dim), kind.bank_ids, config.train.seed, device=device)
-    method = build_method(config.method.name, backbone, queue or bank, **method_options(config))
+        bank = Bank(images, kind.embedding_dim(*widths), kind.bank_ids, config.train.seed, device=device)
+    memory = bank if queue is None else queue
+    method = build_method(config.method.name, backbone, memory, **method_options(config, teacher))
     if config.train.sync_batch_norm:
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
     method.to(device)
@@ -82,9 +87,10 @@ def build_state(config: Config, device: torch.device, images: int) -> State:
     return State(method, queue, bank, build_optimizer(method, config.train, constant=method.constant_lr))
 
 
-def method_options(config: Config) -> dict[str, Any]:
+def method_options(config: Config, teacher: Frozen | None = None) -> dict[str, Any]:
     """Return the arguments that the method's constructor takes, and no others."""
     values = config.method.model_dump() | {"exclude_own": config.queue.exclude_own, "gather": all_gather}
+    values["teacher"] = teacher
     return {option: values[option] for option in options_of(config.method.name)}
 
 

@@ -26,6 +26,7 @@ from isd_ray.train.evaluation import evaluate_run
 from isd_ray.train.folder import RunFolder, checkpoint_names, load_checkpoint
 from isd_ray.train.loop import train
 from isd_ray.train.state import build_state
+from isd_ray.train.teacher import load_teacher
 
 # Options that may change between the start of a run and its continuation: they do not change what is learned.
 FREE = {
@@ -49,6 +50,7 @@ def pretrain(config: Config) -> dict[str, Any]:
         return folder.read_json("result.json")
     if folder.exists("config.yaml"):
         check_same(config, folder)
+    load_teacher(config)  # one that cannot be loaded is refused before anything is written
     session.start_ray(config.address, config.train.workers)
     device = cluster.choose_device(config)
     splits = open_splits(config)

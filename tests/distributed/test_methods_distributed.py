@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from isd_ray.methods import METHODS, build_method, options_of
+from isd_ray.models.frozen import Frozen
 from isd_ray.models.prototypes import Prototypes
 from isd_ray.models.teacher import Teacher
 from isd_ray.queue.bank import Bank
@@ -28,10 +29,11 @@ STEPS = [slice(sum(map(sum, SHARES[:i])), sum(map(sum, SHARES[: i + 1]))) for i 
 class Flat(nn.Module):
     """A backbone without batch norm: its statistics would differ from those of the whole batch."""
 
-    dim = 8
+    dim, arch, stem = 8, "flat", "own"
 
-    def __init__(self) -> None:
+    def __init__(self, dim: int = dim) -> None:
         super().__init__()
+        self.dim = dim
         self.body = nn.Sequential(nn.Linear(SIZE, self.dim), nn.Tanh())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,7 +52,7 @@ def build(name: str, group, **options) -> nn.Module:
     """A method in float64 with smooth heads in place of its own; group None: of all processes."""
     torch.manual_seed(0)
     memory: DistributedQueue | Bank | None = None
-    dim = 2 * DIM if name in ("swav", "deepcluster_v2") else DIM
+    dim = 2 * DIM if name in ("swav", "deepcluster_v2", "compress_2q") else DIM
     if METHODS[name].uses_queue:
         memory = DistributedQueue(K, dim, "sharded", group, dtype=torch.float64)
     if METHODS[name].uses_bank:
@@ -66,6 +68,8 @@ def build(name: str, group, **options) -> nn.Module:
         "weight_start": 1,
     }
     options |= {option: value for option, value in smaller.items() if option in options_of(name)}
+    if "teacher" in options_of(name):
+        options |= {"teacher": Frozen(Flat(DIM))}
     method = build_method(name, Flat(), memory, **options)
     method.student = nn.Sequential(method.student.backbone, nn.Linear(Flat.dim, DIM))
     if hasattr(method, "predictor"):
@@ -74,8 +78,9 @@ def build(name: str, group, **options) -> nn.Module:
         method.assign = Prototypes(DIM, DIM, "step", frozen=1)
     if name == "pirl":
         method.student, method.piece, method.puzzle = Puzzle(), nn.Identity(), nn.Linear(9 * DIM, DIM)
-    if hasattr(method, "teacher"):
-        method.teacher = Teacher(method.student)
+    for ema in ("teacher", "average"):
+        if isinstance(getattr(method, ema, None), Teacher):
+            setattr(method, ema, Teacher(method.student))
     return method.double().train()
 
 

@@ -32,7 +32,9 @@ def test_a_method_has_its_own_options_and_no_others():
         for dataset in ("imagenet", "embedded_lt", "cifar10_lt"):
             flat = flatten(resolve({"method.name": name, "data.dataset": dataset}).model_dump())
             given = {o for o, value in flat.items() if o.startswith("method.") and value is not None}
-            assert given - {"method.name"} == {o for o in method.defaults if o.startswith("method.")}
+            assert given - {"method.name"} == {
+                o for o, value in method.defaults.items() if o.startswith("method.") and value is not None
+            }
             assert (flat["queue.exclude_own"] is not None) == ("queue.exclude_own" in method.defaults)
 
 

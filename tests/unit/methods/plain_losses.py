@@ -33,6 +33,22 @@ def plain_sce(q, k, anchors, mask, t, t_teacher, weight):
     return -(target * log_p.masked_fill(log_p.isinf(), 0)).sum(1).mean()
 
 
+def plain_seed(q, k, anchors, mask, t, t_teacher):
+    def logits(x, positive):
+        return torch.cat([positive[:, None], (x @ anchors.T).masked_fill(~mask, -torch.inf)], 1)
+
+    log_q = (logits(q, (q * k).sum(1)) / t).log_softmax(1)
+    p = (logits(k, torch.ones(len(k), dtype=k.dtype)) / t_teacher).softmax(1)
+    return -(p * log_q.masked_fill(log_q.isinf(), 0)).sum(1).mean()
+
+
+def plain_compress(q, k, anchors_q, anchors_k, mask, t, t_teacher):
+    """Anchors of the student's space and of the teacher's: the same for one queue."""
+    log_p = (k @ anchors_k.T / t_teacher).masked_fill(~mask, -torch.inf).log_softmax(1)
+    log_q = (q @ anchors_q.T / t).masked_fill(~mask, -torch.inf).log_softmax(1)
+    return (log_p.exp() * (log_p - log_q).masked_fill(~mask, 0)).sum(1).mean()
+
+
 def plain_co2(q, k, anchors, mask, t):
     log_p, log_q = ((x @ anchors.T / t).masked_fill(~mask, -torch.inf).log_softmax(1) for x in (q, k))
     difference = (log_p - log_q).masked_fill(~mask, 0)

@@ -1,0 +1,48 @@
+"""Layers of options are nested mappings; names may be nested or dotted, `{"train": {"lr": 1}}` or `{"train.lr": 1}`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+Layer = Mapping[str, Any]
+MAPPINGS = ("data.scheme_options",)  # options whose value is itself a mapping
+
+
+def merge(*layers: Layer) -> dict[str, Any]:
+    """Merge nested mappings, later ones win; dotted names are unfolded first."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for name, value in unfold(layer).items():
+            below = merged.get(name)
+            merged[name] = (
+                merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+            )
+    return merged
+
+
+def flatten(values: Layer, prefix: str = "") -> dict[str, Any]:
+    """Return the nested mapping as {dotted name: value}; an option whose value is a mapping keeps it whole."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        whole = not isinstance(value, Mapping) or prefix + name in MAPPINGS
+        flat |= {prefix + name: value} if whole else flatten(value, f"{prefix}{name}.")
+    return flat
+
+
+def unfold(layer: Layer) -> dict[str, Any]:
+    """Turn {'train.lr': 1} into {'train': {'lr': 1}}, at every depth."""
+    unfolded: dict[str, Any] = {}
+    for name, value in layer.items():
+        head, _, rest = str(name).partition(".")
+        if rest:
+            value = unfold({rest: value})
+        elif isinstance(value, Mapping):
+            value = unfold(value)
+        below = unfolded.get(head)
+        unfolded[head] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return unfolded
+
+
+def only(given: Layer, name: str) -> dict[str, Any]:
+    """Keep one option, which chooses a layer of defaults."""
+    flat = flatten(given)
+    return unfold({name: flat[name]}) if name in flat else {}

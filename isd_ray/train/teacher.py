@@ -1,0 +1,176 @@
+"""Where a frozen teacher comes from: a run, a published checkpoint or a file of weights. Nothing is downloaded."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from isd_ray import interop
+from isd_ray.config import Config, MethodConfig
+from isd_ray.errors import UserError
+from isd_ray.methods import options_of
+from isd_ray.models.backbones import SMALL_RESNETS, TORCHVISION_RESNETS, build_backbone
+from isd_ray.models.frozen import Frozen
+from isd_ray.train.folder import RunFolder, load_checkpoint
+
+RUN_PREFIX = {"student": "student.backbone.", "teacher": "teacher.network.backbone."}
+PUBLISHED_PREFIX = {"student": "encoder_q.", "teacher": "encoder_k."}  # MoCo, ISD, MSF
+
+
+class Found(NamedTuple):
+    """Weights and what they belong to. Numbers that the source does not tell are None."""
+
+    weights: dict[str, Tensor]
+    arch: str
+    stem: str = "auto"
+    image_size: int | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+
+
+def load_teacher(config: Config) -> Frozen | None:
+    """Load the frozen teacher of `--method.teacher` on the CPU; None for a method that takes none.
+
+    Its images are those of the student, normalised with the run's data.mean and data.std. Raises UserError where
+    there is no teacher, where it cannot be loaded key by key, does not take images of the run's size, or is known
+    to have been trained with another normalisation.
+    """
+    method, data = config.method, config.data
+    if "teacher" not in options_of(method.name):
+        return None
+    if method.teacher is None:
+        raise UserError(
+            f"--method.name {method.name} learns from a trained network: give --method.teacher, the folder of a run or "
+            "a file of weights"
+        )
+    found = find_in_run(method) or find_in_file(method)
+    network = build_backbone(found.arch, found.stem, found.image_size or data.image_size)
+    # Weights from the time before batch norm counted its batches; nothing here reads that count.
+    counts = {n: v for n, v in network.state_dict().items() if n.endswith(".num_batches_tracked")}
+    interop.load_weights(network, counts | without_classifier(found.weights, network), method.teacher)
+    for name in ("mean", "std"):
+        trained, given = getattr(found, name), getattr(data, name)
+        if trained is not None and list(trained) != list(given):
+            raise UserError(
+                f"--method.teacher {method.teacher}: trained with --data.{name} {list(trained)}, this run has "
+                f"{list(given)}; give it the teacher's"
+            )
+    teacher = Frozen(network)
+    try_out(teacher, data.image_size, method.teacher)
+    return teacher
+
+
+def find_in_run(method: MethodConfig) -> Found | None:
+    """Take an encoder from a run of ours: its folder, or one of its checkpoints; None where it is no run."""
+    spec = str(method.teacher).rstrip("/")
+    uri, _, checkpoint = spec.rpartition("/checkpoints/") if spec.endswith(".pt") else (spec, "", None)
+    folder = RunFolder(uri) if uri else None
+    if folder is None or not folder.exists("config.yaml"):
+        return None
+    if checkpoint is None and not folder.exists("result.json"):
+        raise UserError(f"--method.teacher {spec}: that run is not finished; name one of its checkpoints")
+    saved, options = load_checkpoint(folder, checkpoint), yaml.safe_load(folder.read("config.yaml"))
+    if saved is None:
+        raise UserError(f"--method.teacher {spec}: that run has no checkpoint")
+    name = method.teacher_encoder or "student"
+    weights = below(saved["method"], RUN_PREFIX[name])
+    if not weights:
+        raise UserError(f"--method.teacher_encoder {name}: the run {uri} trained no such network")
+    model, data = options["model"], options["data"]
+    refuse_another_backbone(method, model["backbone"])
+    return Found(
+        weights, model["backbone"], model["stem"], data["image_size"], mean=data["mean"], std=data["std"]
+    )
+
+
+def find_in_file(method: MethodConfig) -> Found:
+    """Take an encoder from a local file: ours or anyone's safetensors, a checkpoint of MoCo or ISD, a state dict."""
+    path, metadata = str(method.teacher), {}
+    if Path(path).is_dir():
+        raise UserError(
+            f"--method.teacher {path}: no run there (config.yaml is missing); give a run or a file"
+        )
+    if path.endswith(".safetensors"):
+        metadata = interop.backbone_metadata(path)
+        weights = load_file(path)
+    else:
+        weights = interop.read_checkpoint(path)
+    if metadata.keys() >= {"arch", "stem", "image_size", "mean", "std"}:  # written by export_backbone
+        refuse_another_backbone(method, metadata["arch"])
+        if method.teacher_encoder == "teacher":
+            raise UserError(
+                f"--method.teacher_encoder teacher: {path} holds the student; give the run's folder"
+            )
+        stem = "auto" if metadata["stem"] == "own" else metadata["stem"]
+        mean, std = json.loads(metadata["mean"]), json.loads(metadata["std"])
+        return Found(weights, metadata["arch"], stem, int(metadata["image_size"]), mean, std)
+    return Found(of_encoder(weights, method), *what_it_is(weights, method))
+
+
+def of_encoder(weights: dict[str, Tensor], method: MethodConfig) -> dict[str, Tensor]:
+    """Keep the weights of one encoder, where the file has two as MoCo's and ISD's have."""
+    name = method.teacher_encoder or "student"
+    if chosen := below(weights, PUBLISHED_PREFIX[name]):
+        return chosen
+    if name == "teacher" or any(below(weights, prefix) for prefix in PUBLISHED_PREFIX.values()):
+        raise UserError(
+            f"--method.teacher_encoder {name}: {method.teacher} has no encoder '{PUBLISHED_PREFIX[name][:-1]}'"
+        )
+    return weights
+
+
+def what_it_is(weights: dict[str, Tensor], method: MethodConfig) -> tuple[str, str]:
+    """Return name and stem of the backbone that a file of weights alone does not tell."""
+    arch, known = method.teacher_backbone, f"{', '.join(TORCHVISION_RESNETS)} or timm:NAME"
+    if arch is None:
+        raise UserError(
+            f"--method.teacher {method.teacher}: the file does not say which backbone it holds; give "
+            f"--method.teacher_backbone ({known})"
+        )
+    if arch in SMALL_RESNETS:  # their stems have the same weights
+        raise UserError(
+            f"--method.teacher_backbone {arch}: a file of weights does not tell its stem; give --method.teacher the "
+            "run's folder or its backbone.safetensors"
+        )
+    if arch not in TORCHVISION_RESNETS:
+        return arch, "auto"
+    first = weights.get("conv1.weight")
+    return arch, "cifar" if first is not None and first.shape[-1] == 3 else "imagenet"
+
+
+def without_classifier(weights: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Leave out the classifier of a network trained on labels, and MoCo's head, which has its name."""
+    names = getattr(network, "pretrained_cfg", {}).get("classifier", "fc")
+    prefixes = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+    return {name: value for name, value in weights.items() if not name.startswith(prefixes)}
+
+
+def below(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the weights under a prefix, without it."""
+    return {n.removeprefix(prefix): value for n, value in weights.items() if n.startswith(prefix)}
+
+
+def refuse_another_backbone(method: MethodConfig, arch: str) -> None:
+    """Refuse an option that contradicts what the teacher says of itself."""
+    if method.teacher_backbone not in (None, arch):
+        raise UserError(
+            f"--method.teacher_backbone {method.teacher_backbone}: {method.teacher} holds {arch}; leave it out"
+        )
+
+
+def try_out(teacher: Frozen, size: int, source: str) -> None:
+    """Refuse, before a run begins, a teacher that does not take images of this size or answers no numbers."""
+    try:
+        features = teacher(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"--method.teacher {source}: it does not take images of {size} pixels: {reason}"
+        ) from None
+    if not features.isfinite().all():
+        raise UserError(f"--method.teacher {source}: its features are not finite; the weights are broken")
