@@ -215,7 +215,10 @@ class TrainConfig(Section):
         "auto", description="auto: bfloat16 autocast on CUDA"
     )
     compile: bool = Field(False, description="torch.compile the networks")
-    sync_batch_norm: bool = Field(False, description="One BatchNorm over all workers (CUDA only)")
+    batch_norm: Literal["local", "sync", "shuffle"] = Field(
+        "local",
+        description="Batch norm of each worker, one over all of them, or keys shuffled between them; by method",
+    )
     seed: int = Field(0, ge=0, description="Seed of weights, order and views")
     deterministic: bool = Field(
         True, description="Deterministic algorithms: a repeated run is bit-equal on CPU"

@@ -33,6 +33,7 @@ class BarlowTwins(Method):
     defaults: ClassVar[dict[str, Any]] = {
         "method.weight": 0.0051,
         "method.views": ["byol_1", "byol_2"],
+        "train.batch_norm": "sync",
         "train.lr": 0.003,
         "train.schedule": "cosine",
         "train.weight_decay": 1e-4,

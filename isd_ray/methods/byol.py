@@ -34,6 +34,7 @@ class BYOL(StudentTeacher):
         "method.momentum": 0.99,
         "method.momentum_schedule": "cosine",
         "method.views": ["byol_1", "byol_2"],
+        "train.batch_norm": "sync",
         "train.lr": 0.05,
         "train.schedule": "cosine",
         "train.weight_decay": 1e-4,
@@ -64,6 +65,7 @@ class BYOLAsym(BYOL):
     symmetric: ClassVar[bool] = False
     defaults: ClassVar[dict[str, Any]] = {
         **BYOL.defaults,
+        "train.batch_norm": "local",
         "method.momentum_schedule": "constant",
         "method.views": ["strong", "strong"],
     }

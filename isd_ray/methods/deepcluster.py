@@ -40,6 +40,7 @@ class DeepClusterV2(Method):
         "method.temperature": 0.1,
         "method.prototypes": 300,
         "method.views": ["simclr_cifar", "simclr_cifar"],
+        "train.batch_norm": "sync",
         "train.lr": 0.1,
         "train.schedule": "cosine",
         "train.weight_decay": 1e-4,

@@ -53,6 +53,7 @@ class DINO(Method):
         "method.momentum": 0.99,
         "method.momentum_schedule": "cosine",
         "method.views": ["byol_1", "byol_2"],
+        "train.batch_norm": "sync",
         "train.lr": 0.1,
         "train.schedule": "cosine",
         "train.weight_decay": 1e-4,

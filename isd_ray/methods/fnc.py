@@ -45,6 +45,7 @@ class FNC(Method):
         "method.neighbours": 10,
         "method.threshold": 0.7,
         "method.views": ["simclr_cifar"] * 4,
+        "train.batch_norm": "sync",
         "train.lr": 0.25,
         "train.schedule": "cosine",
         "train.weight_decay": 1e-4,

@@ -38,6 +38,7 @@ class MoCoV2(StudentTeacher):
         "method.views": ["strong", "strong"],
         "queue.size": 4096,
         "queue.exclude_own": True,
+        "train.batch_norm": "shuffle",
         "train.lr": 0.06,
         "train.schedule": "cosine",
         "train.weight_decay": 5e-4,

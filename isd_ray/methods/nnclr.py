@@ -35,6 +35,7 @@ class NNCLR(Method):
         "method.views": ["byol_1", "byol_2"],
         "queue.size": 4096,
         "queue.exclude_own": True,
+        "train.batch_norm": "sync",
         "train.lr": 0.1,
         "train.schedule": "cosine",
         "train.weight_decay": 1e-4,

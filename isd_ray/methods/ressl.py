@@ -34,6 +34,7 @@ class ReSSL(StudentTeacher):
         "method.views": ["strong", "weak"],
         "queue.size": 4096,
         "queue.exclude_own": True,
+        "train.batch_norm": "shuffle",
         "train.lr": 0.05,
         "train.schedule": "cosine",
         "train.weight_decay": 1e-4,

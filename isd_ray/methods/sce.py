@@ -40,6 +40,7 @@ class SCE(StudentTeacher):
         "method.views": ["strong", "strong"],
         "queue.size": 4096,
         "queue.exclude_own": True,
+        "train.batch_norm": "sync",
         "train.lr": 0.06,
         "train.schedule": "cosine",
         "train.weight_decay": 5e-4,

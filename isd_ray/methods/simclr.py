@@ -38,6 +38,7 @@ class SimCLR(Method):
     defaults: ClassVar[dict[str, Any]] = {
         "method.temperature": 0.5,
         "method.views": ["simclr_cifar", "simclr_cifar"],
+        "train.batch_norm": "sync",
         "train.lr": 0.25,
         "train.schedule": "cosine",
         "train.weight_decay": 1e-4,

@@ -28,6 +28,7 @@ class SimSiam(Method):
     constant_lr: ClassVar[tuple[str, ...]] = ("predictor",)
     defaults: ClassVar[dict[str, Any]] = {
         "method.views": ["strong", "strong"],
+        "train.batch_norm": "sync",
         "train.lr": 0.03,
         "train.schedule": "cosine",
         "train.weight_decay": 5e-4,

@@ -43,6 +43,7 @@ class SwAV(Method):
         "method.freeze": 60,
         "method.views": ["simclr_cifar", "simclr_cifar"],
         "queue.size": 3840,
+        "train.batch_norm": "sync",
         "train.lr": 0.1,
         "train.schedule": "cosine",
         "train.weight_decay": 1e-4,

@@ -36,6 +36,7 @@ class VICReg(Method):
         "method.weight_variance": 25.0,
         "method.weight_covariance": 1.0,
         "method.views": ["byol_1", "byol_2"],
+        "train.batch_norm": "sync",
         "train.lr": 0.01,
         "train.schedule": "cosine",
         "train.weight_decay": 1e-4,

@@ -1,26 +1,28 @@
 """A target that does not chase the student: the exponential moving average (EMA) of its weights."""
 
 import copy
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Teacher(nn.Module):
     """EMA copy of `student` (any module); it gets no gradient and keeps its own batch-norm statistics.
 
     Only parameters are averaged. Batch norm works as in MoCo and ISD: in train mode the teacher normalises
-    with the statistics of its own batch and fills its own running buffers.
+    with the statistics of its own batch and fills its own running buffers. `shuffle(network, images)` computes the
+    embeddings where that shall not be this worker's own batch (train/batch_norm.py).
     """
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
         self.network = copy.deepcopy(student).requires_grad_(False)
+        self.shuffle: Callable[[nn.Module, Tensor], Tensor] | None = None
 
     @torch.no_grad()
-    def forward(self, *inputs: Any) -> Any:
-        return self.network(*inputs)
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images) if self.shuffle is None else self.shuffle(self.network, images)
 
     @torch.no_grad()
     def update(self, student: nn.Module, momentum: float) -> None:

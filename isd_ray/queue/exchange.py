@@ -38,6 +38,28 @@ class _AllGather(torch.autograd.Function):
         return grad[ctx.start : ctx.start + ctx.rows]
 
 
+def all_reduce(x: Tensor) -> Tensor:
+    """The sum of x over all ranks, differentiable as `all_gather` is; `x` itself where there is one rank."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return x
+    return _AllReduce.apply(x)
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad
+
+
 def gather_numbers(
     numbers: list[int], device: torch.device, group: dist.ProcessGroup | None
 ) -> list[list[int]]:

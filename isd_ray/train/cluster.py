@@ -35,8 +35,6 @@ def choose_device(config: Config) -> str:
         raise UserError(
             f"--train.workers {train.workers}: this cluster has {cpus:g} cores; use at most {cpus:g}"
         )
-    if train.sync_batch_norm:
-        raise UserError("--train.sync_batch_norm true: torch has it on GPUs only; leave it out on CPU")
     return "cpu"
 
 

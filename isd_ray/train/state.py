@@ -5,7 +5,6 @@ from typing import Any, TextIO
 
 import numpy as np
 import torch
-from torch import nn
 
 from isd_ray.config import Config
 from isd_ray.methods import Method, build_method, find_method, initial_keys, options_of
@@ -14,6 +13,7 @@ from isd_ray.models.frozen import Frozen
 from isd_ray.queue import DistributedQueue
 from isd_ray.queue.bank import Bank
 from isd_ray.queue.exchange import all_gather
+from isd_ray.train.batch_norm import spread_batch_norm
 from isd_ray.train.optim import build_optimizer
 from isd_ray.train.teacher import load_teacher
 
@@ -80,8 +80,7 @@ def build_state(config: Config, device: torch.device, images: int) -> State:
         bank = Bank(images, kind.embedding_dim(*widths), kind.bank_ids, config.train.seed, device=device)
     memory = bank if queue is None else queue
     method = build_method(config.method.name, backbone, memory, **method_options(config, teacher))
-    if config.train.sync_batch_norm:
-        method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
+    method = spread_batch_norm(method, config.train.batch_norm, device)
     method.to(device)
     method.to(memory_format=torch.channels_last)
     return State(method, queue, bank, build_optimizer(method, config.train, constant=method.constant_lr))

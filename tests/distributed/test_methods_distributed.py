@@ -1,87 +1,70 @@
 """Two gloo processes with unequal shares of the batch train every method as one process with the whole batch does."""
 
+import copy
 import socket
 import sys
-from collections import OrderedDict
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from isd_ray.errors import UserError
 from isd_ray.methods import METHODS, build_method, options_of
 from isd_ray.models.frozen import Frozen
-from isd_ray.models.prototypes import Prototypes
-from isd_ray.models.teacher import Teacher
 from isd_ray.queue.bank import Bank
 from isd_ray.queue.distributed import DistributedQueue
 from isd_ray.queue.exchange import all_gather
+from isd_ray.train.batch_norm import shuffle, spread_batch_norm, to_global
 
 sys.path.insert(0, str(Path(__file__).parent))  # spawned processes import this module by its name
 
 SIZE, DIM, K, IMAGES = 6, 5, 14, 20
 SHARES = [(5, 3), (2, 6), (7, 1)]  # rows of both ranks, step by step: the queue wraps
+SMALLER = {"prototypes": 5, "freeze": 1, "queue_start": 1, "negatives": 8, "positives": 4, "weight_start": 1}
 STEPS = [slice(sum(map(sum, SHARES[:i])), sum(map(sum, SHARES[: i + 1]))) for i in range(len(SHARES))]
 
 
 class Flat(nn.Module):
-    """A backbone without batch norm: its statistics would differ from those of the whole batch."""
+    """A backbone with batch norm for rows [b, SIZE] and for images."""
 
-    dim, arch, stem = 8, "flat", "own"
+    arch, stem = "flat", "none"
 
-    def __init__(self, dim: int = dim) -> None:
+    def __init__(self, dim: int = 8) -> None:
         super().__init__()
         self.dim = dim
-        self.body = nn.Sequential(nn.Linear(SIZE, self.dim), nn.Tanh())
+        self.body = nn.Sequential(nn.LazyLinear(dim), nn.BatchNorm1d(dim), nn.Tanh())
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.body(x)
-
-
-class Puzzle(nn.Sequential):
-    """A student for images [b, 3, S, S] of any side."""
-
-    def __init__(self) -> None:
-        backbone = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, DIM), nn.Tanh())
-        super().__init__(OrderedDict(backbone=backbone))
+        return self.body(F.adaptive_avg_pool2d(x, 2).flatten(1) if x.ndim == 4 else x)
 
 
 def build(name: str, group, **options) -> nn.Module:
-    """A method in float64 with smooth heads in place of its own; group None: of all processes."""
+    """A method in float64; group None: of all processes, with one batch norm for them."""
     torch.manual_seed(0)
+    backbone, teacher = Flat(), Flat(DIM)
+    for network in (backbone, teacher):
+        network(batches(name)[0][0, :3].float())  # gives the lazy layer its width
+    if "teacher" in options_of(name):
+        options |= {"teacher": Frozen(teacher)}
+    widths = [8] if "teacher" not in options else [8, DIM]
     memory: DistributedQueue | Bank | None = None
-    dim = 2 * DIM if name in ("swav", "deepcluster_v2", "compress_2q") else DIM
     if METHODS[name].uses_queue:
+        dim = METHODS[name].embedding_dim(*widths)
         memory = DistributedQueue(K, dim, "sharded", group, dtype=torch.float64)
     if METHODS[name].uses_bank:
+        dim = METHODS[name].embedding_dim(*widths)
         memory = Bank(IMAGES, dim, METHODS[name].bank_ids, group=group, dtype=torch.float64)
         memory.written.fill_(True)  # so that every image has a cluster
-    options |= {"gather": all_gather} if group is None and "gather" in options_of(name) else {}
-    smaller = {
-        "prototypes": DIM,
-        "freeze": 1,
-        "queue_start": 1,
-        "negatives": 8,
-        "positives": 4,
-        "weight_start": 1,
-    }
-    options |= {option: value for option, value in smaller.items() if option in options_of(name)}
-    if "teacher" in options_of(name):
-        options |= {"teacher": Frozen(Flat(DIM))}
-    method = build_method(name, Flat(), memory, **options)
-    method.student = nn.Sequential(method.student.backbone, nn.Linear(Flat.dim, DIM))
-    if hasattr(method, "predictor"):
-        method.predictor = nn.Sequential(nn.Tanh(), nn.Linear(DIM, DIM))
-    if name == "swav":
-        method.assign = Prototypes(DIM, DIM, "step", frozen=1)
-    if name == "pirl":
-        method.student, method.piece, method.puzzle = Puzzle(), nn.Identity(), nn.Linear(9 * DIM, DIM)
-    for ema in ("teacher", "average"):
-        if isinstance(getattr(method, ema, None), Teacher):
-            setattr(method, ema, Teacher(method.student))
-    return method.double().train()
+    if group is None and "gather" in options_of(name):
+        options |= {"gather": all_gather}
+    options |= {option: value for option, value in SMALLER.items() if option in options_of(name)}
+    method = build_method(name, backbone, memory, **options).double().train()
+    return method if group is not None else spread_batch_norm(method, "sync", torch.device("cpu"))
 
 
 def batches(name: str) -> tuple[Tensor, Tensor]:
@@ -146,6 +129,8 @@ def run(rank: int, port: int) -> None:
     alone = [dist.new_group([r]) for r in range(2)][rank]
     check_gather(rank)
     check_bank(alone)
+    check_batch_norm(rank)
+    check_shuffle(rank)
     for name in METHODS:
         check(name, alone)
     check("fnc", alone, false_negatives="eliminate")
@@ -190,6 +175,47 @@ def check_bank(alone) -> None:
         again = Bank(9, DIM, 2, 6, dtype=torch.float64)
         again.load_state_dict(single.state_dict())
         assert torch.equal(again.keys, ours.keys)
+
+
+def check_batch_norm(rank: int) -> None:
+    """Outputs, gradients and running statistics are those of one batch norm over all rows."""
+    for shape, counts in (((4, 5), (3, 1)), ((6, 5, 2, 3), (2, 4))):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 3 + 7
+        plain = (nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d)(5).double()
+        plain.weight.data.copy_(torch.arange(1, 6))  # the same on both ranks
+        ours = to_global(nn.Sequential(copy.deepcopy(plain)))[0]
+        whole, part = x.clone().requires_grad_(), x.split(counts)[rank].clone().requires_grad_()
+        expected, out = plain(whole), ours(part)
+        torch.testing.assert_close(out, expected.split(counts)[rank])
+        expected.pow(3).sum().backward()
+        out.pow(3).sum().backward()
+        torch.testing.assert_close(part.grad, whole.grad.split(counts)[rank])
+        for name, value in plain.state_dict().items():
+            torch.testing.assert_close(ours.state_dict()[name], value)
+        ours.eval()
+        torch.testing.assert_close(ours(part), plain.eval()(part))
+
+
+def check_shuffle(rank: int) -> None:
+    """Each image gets its own embedding back, but was in a batch with images of the other rank."""
+    x, counts = torch.arange(12.0).view(6, 2), (4, 2)
+    torch.manual_seed(5 + rank)
+    own = x.split(counts)[rank]
+    assert torch.equal(shuffle(nn.Identity(), own), own)
+    seen = []
+    shuffle(lambda images: seen.append(images) or images, own)
+    assert len(seen[0]) == counts[rank]
+    mixed = all_gather(seen[0])
+    assert not torch.equal(mixed, x)
+    assert torch.equal(mixed.sort(dim=0).values, x)
+    method = spread_batch_norm(build("moco_v2", None), "shuffle", torch.device("cpu"))
+    assert method.teacher.shuffle is shuffle
+
+
+def test_shuffling_needs_a_teacher():
+    simclr = build_method("simclr", Flat())
+    with pytest.raises(UserError, match="no moving teacher"):
+        spread_batch_norm(simclr, "shuffle", torch.device("cpu"))
 
 
 def test_two_processes_equal_one():
