@@ -104,6 +104,7 @@ class MethodConfig(Section):
         description="Share of the positive in the target (sce), of the puzzle (pirl); factor of the consistency term "
         "(co2), of the terms off the diagonal (barlow_twins), of the term over links (invprop)",
     )
+    scale: float | None = Field(None, gt=0, description="Factor of the whole loss (barlow_twins)")
     weight_invariance: float | None = Field(None, ge=0, description="Factor of the views' distance (vicreg)")
     weight_variance: float | None = Field(None, ge=0, description="Factor of the variance term (vicreg)")
     weight_covariance: float | None = Field(None, ge=0, description="Factor of the covariance term (vicreg)")
@@ -197,6 +198,10 @@ class TrainConfig(Section):
     optimizer: Literal["sgd", "lars", "adamw"] = Field("sgd", description="Optimiser")
     lr: float = Field(0.05, gt=0, description="Peak learning rate at this global batch (it is not rescaled)")
     sgd_momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of SGD and LARS")
+    trust: float = Field(
+        0.001, gt=0, description="LARS: step of a layer as a share of its weights' norm, times lr"
+    )
+    trust_clip: bool = Field(False, description="LARS: no layer's rate above lr")
     weight_decay: float = Field(1e-4, ge=0, description="Weight decay")
     decay_norm_and_bias: bool = Field(True, description="Decay biases and norm parameters too (as ISD does)")
     schedule: Literal["cosine", "step", "constant"] = Field("cosine", description="Learning-rate schedule")

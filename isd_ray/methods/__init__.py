@@ -16,7 +16,7 @@ from isd_ray.methods.deepcluster import DeepClusterV2
 from isd_ray.methods.dino import DINO
 from isd_ray.methods.fnc import FNC
 from isd_ray.methods.invprop import InvProp
-from isd_ray.methods.isd import ISD, ISDR18, ISDPlus, initial_keys
+from isd_ray.methods.isd import ISD, ISDR18, ISDPlus
 from isd_ray.methods.moco import MoCoV1, MoCoV2
 from isd_ray.methods.msf import MSF
 from isd_ray.methods.nnclr import NNCLR
@@ -60,7 +60,7 @@ METHODS: dict[str, type[Method]] = {
     "seed": SEED,
 }
 
-__all__ = ["METHODS", "Method", "Output", "build_method", "find_method", "initial_keys", "options_of"]
+__all__ = ["METHODS", "Method", "Output", "build_method", "find_method", "options_of"]
 
 
 def find_method(name: str) -> type[Method]:

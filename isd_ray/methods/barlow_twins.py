@@ -3,7 +3,7 @@
 Zbontar, Jing, Misra, LeCun, Deny: Barlow Twins, ICML 2021 (arXiv 2103.03230). With z of both views at mean 0 and
 deviation 1 over the B images of the global batch and C = z_1^T z_2 / B:
 
-    loss = sum_i (1 - C_ii)^2 + weight * sum_{i != j} C_ij^2
+    loss = scale (sum_i (1 - C_ii)^2 + weight sum_{i != j} C_ij^2)
 """
 
 from collections.abc import Callable, Sequence
@@ -25,16 +25,17 @@ class BarlowTwins(Method):
     weight: of the terms off the diagonal. gather: as in SimCLR; the statistics are those of the global batch.
 
     The paper's projector is 8192 wide; it trains with LARS (lr .2 a 256 images, wd 1e-6, batches of 2048, 10 epochs of
-    warm-up) on .024 times this loss, the CIFAR recipe of solo-learn on .1 times (lr .3, wd 1e-4). The defaults take
-    2048 and plain SGD, whose lr holds that factor.
+    warm-up) at scale .024, the CIFAR recipe of solo-learn at .1 (lr .3, wd 1e-4). The defaults take 2048 and plain SGD,
+    whose lr must be small: the loss begins at about 2000 times the scale.
     """
 
     uses_queue: ClassVar[bool] = False
     defaults: ClassVar[dict[str, Any]] = {
         "method.weight": 0.0051,
+        "method.scale": 0.1,
         "method.views": ["byol_1", "byol_2"],
         "train.batch_norm": "sync",
-        "train.lr": 0.003,
+        "train.lr": 0.0003,
         "train.schedule": "cosine",
         "train.weight_decay": 1e-4,
     }
@@ -45,6 +46,7 @@ class BarlowTwins(Method):
         backbone: nn.Module,
         *,
         weight: float | None = None,
+        scale: float | None = None,
         views: Sequence[str] | None = None,
         gather: Callable[[Tensor], Tensor] = local,
     ) -> None:
@@ -52,6 +54,7 @@ class BarlowTwins(Method):
         sizes = [width(backbone), self.hidden, self.hidden, self.hidden]
         self.student = encoder(backbone, mlp(sizes, bias=False, last_bias=False))
         self.weight: float = self.option("weight", weight)
+        self.scale: float = self.option("scale", scale)
         self.views = two_views("Barlow Twins", self.option("views", views))
         self.gather = gather
 
@@ -68,7 +71,7 @@ class BarlowTwins(Method):
         correlation = standardised(first).T @ standardised(second) / len(first)
         diagonal = correlation.diagonal()
         on = (1 - diagonal).square().sum()
-        return on + self.weight * (correlation.square().sum() - diagonal.square().sum())
+        return self.scale * (on + self.weight * (correlation.square().sum() - diagonal.square().sum()))
 
     def encoders(self) -> dict[str, nn.Module]:
         return {"student": self.student.get_submodule("backbone")}

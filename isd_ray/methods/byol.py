@@ -65,7 +65,7 @@ class BYOLAsym(BYOL):
     symmetric: ClassVar[bool] = False
     defaults: ClassVar[dict[str, Any]] = {
         **BYOL.defaults,
-        "train.batch_norm": "local",
+        "train.batch_norm": "shuffle",
         "method.momentum_schedule": "constant",
         "method.views": ["strong", "strong"],
     }

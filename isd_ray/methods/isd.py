@@ -13,15 +13,11 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from isd_ray.errors import UserError, nearest
 from isd_ray.methods.base import Output, StudentTeacher, full_precision, spreads, two_views, width
 from isd_ray.models.heads import mlp
 from isd_ray.queue.losses import queue_diagnostics, similarity_kl
-
-QUEUE_INITS = ("empty", "unit", "isd_v1")
 
 
 class ISD(StudentTeacher):
@@ -46,6 +42,7 @@ class ISD(StudentTeacher):
         "queue.size": 4096,
         "queue.exclude_own": True,
         "queue.init": "empty",
+        "train.batch_norm": "shuffle",
         "train.lr": 0.01,
         "train.schedule": "step",
         "train.milestones": [0.7, 0.9],
@@ -121,6 +118,7 @@ class ISDPlus(ISD):
         **ISDR18.defaults,
         "method.temperature": 0.1,
         "method.temperature_teacher": 0.01,
+        "train.batch_norm": "shuffle",
         "train.lr": 0.05,
         "train.schedule": "cosine",
     }
@@ -132,20 +130,3 @@ class ISDPlus(ISD):
     @staticmethod
     def heads(dim: int) -> tuple[nn.Module, nn.Module]:
         return mlp([dim, 2 * dim, dim // 4]), mlp([dim // 4, 2 * dim, dim // 4])
-
-
-def initial_keys(kind: str, size: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
-    """Anchors of a new queue, oldest first, [size, dim] float32; enqueue them with index -1 and label -1.
-
-    kind: "empty" (no rows: a slot takes no part until it is filled), "unit" (random unit rows, as published
-    for ISD-plus), "isd_v1" (as published for ISD: every column at length 1 over the queue, so that rows
-    have a length of about sqrt(dim / size) and the teacher starts out nearly uniform).
-    """
-    if kind not in QUEUE_INITS:
-        raise UserError(
-            f"unknown queue initialisation '{kind}': choose one of {', '.join(QUEUE_INITS)}."
-            f"{nearest(kind, QUEUE_INITS)}"
-        )
-    if kind == "empty":
-        return torch.empty(0, dim)
-    return F.normalize(torch.randn(size, dim, generator=generator), dim=1 if kind == "unit" else 0)

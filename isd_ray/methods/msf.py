@@ -35,6 +35,7 @@ class MSF(StudentTeacher):
         "method.momentum_schedule": "constant",
         "method.views": ["strong", "strong"],
         "queue.size": 4096,
+        "train.batch_norm": "shuffle",
         "train.lr": 0.05,
         "train.schedule": "cosine",
         "train.weight_decay": 1e-4,

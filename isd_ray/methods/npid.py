@@ -33,7 +33,9 @@ class InstanceLoss(nn.Module):
         super().__init__()
         self.temperature, self.gather = temperature, gather
         self.log_z: Tensor
-        self.register_buffer("log_z", torch.tensor(torch.nan))
+        self.estimated: Tensor
+        self.register_buffer("log_z", torch.zeros(()))
+        self.register_buffer("estimated", torch.tensor(False))
 
     def forward(self, z: Tensor, own: Tensor, bank: Any, negatives: Tensor | None) -> Tensor:
         """negatives [K, D]: rows of drawn images; None: all images."""
@@ -49,10 +51,11 @@ class InstanceLoss(nn.Module):
 
     @torch.no_grad()
     def estimate(self, scores: Tensor, images: int) -> None:
-        if self.log_z.isnan():
+        if not self.estimated:
             mean = self.gather(scores.logsumexp(dim=1)).logsumexp(dim=0)
             rows = self.gather(torch.ones_like(scores[:, 0])).sum()
             self.log_z.copy_(mean + (images / (rows * scores.shape[1])).log())
+            self.estimated.fill_(True)
 
 
 class NPID(Method):

@@ -1,8 +1,8 @@
 """Batch norm over several workers: each its own, one for all, or keys shuffled between them.
 
-`local`: a worker normalises with its own images (ISD and mean shift as published). `sync`: with those of the global
+`local`: a worker normalises with its own images. `sync`: with those of the global
 batch. `shuffle`: locally, but the teacher sees images of all workers in each of its batches, so that the statistics of
-a batch do not tell which key belongs to which query (MoCo, He et al. 2020, section 3.3).
+a batch do not tell which key belongs to which query (MoCo, He et al. 2020, section 3.3; the published ISD too).
 """
 
 from typing import Any

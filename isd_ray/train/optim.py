@@ -57,7 +57,13 @@ def build_optimizer(
     if train.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=train.lr)
     if train.optimizer == "lars":
-        return Lars(groups, lr=train.lr, momentum=train.sgd_momentum)
+        return Lars(
+            groups,
+            lr=train.lr,
+            momentum=train.sgd_momentum,
+            trust_coeff=train.trust,
+            trust_clip=train.trust_clip,
+        )
     return torch.optim.SGD(groups, lr=train.lr, momentum=train.sgd_momentum)
 
 

@@ -7,12 +7,13 @@ import numpy as np
 import torch
 
 from isd_ray.config import Config
-from isd_ray.methods import Method, build_method, find_method, initial_keys, options_of
+from isd_ray.methods import Method, build_method, find_method, options_of
 from isd_ray.models.backbones import build_backbone
 from isd_ray.models.frozen import Frozen
 from isd_ray.queue import DistributedQueue
 from isd_ray.queue.bank import Bank
 from isd_ray.queue.exchange import all_gather
+from isd_ray.queue.initial import initial_keys
 from isd_ray.train.batch_norm import spread_batch_norm
 from isd_ray.train.optim import build_optimizer
 from isd_ray.train.teacher import load_teacher

@@ -22,6 +22,7 @@ from isd_ray.errors import UserError
 from isd_ray.evaluate.table import print_table
 from isd_ray.methods import find_method
 from isd_ray.train import cluster
+from isd_ray.train.cost import cost
 from isd_ray.train.evaluation import evaluate_run
 from isd_ray.train.folder import RunFolder, checkpoint_names, load_checkpoint
 from isd_ray.train.loop import train
@@ -183,6 +184,7 @@ def summary(config: Config, folder: RunFolder, seconds: dict[str, float]) -> dic
         "folder": folder.uri,
         "seconds": seconds,
         "images_per_second": round(rates[len(rates) // 2], 1),
+        "cost": cost(config),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in names},
         "config": config.model_dump(),
     }
@@ -221,6 +223,8 @@ def print_result(result: dict[str, Any]) -> None:
         say(result["note"])
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in result["seconds"].items())
     say(f"{result['images_per_second']:.0f} images/s; {seconds}")
+    passes = "{student_forward:g} forward + {teacher_forward:g} of the teacher, {backward:g} backward, {gflop:g} GFLOP"
+    say(f"an image a step: {passes.format(**result['cost'])}")
     say(f"results: {result['folder']}/result.json")
 
 

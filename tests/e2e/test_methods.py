@@ -12,13 +12,13 @@ from isd_ray.train.trainer import print_result
 pytestmark = pytest.mark.usefixtures("ray_session")
 WITHOUT_FILE = [name for name in METHODS if "method.teacher" not in METHODS[name].defaults]  # test_frozen
 BASELINES = [name for name in WITHOUT_FILE if not name.startswith("isd")]
-HALF, WHOLE = "checkpoints/step-00000005.pt", "checkpoints/step-00000010.pt"
+HALF = "checkpoints/step-00000008.pt"  # in the middle of the second epoch
 
 
 @pytest.fixture
 def options(tiny_options):
-    """One epoch of 10 steps with a checkpoint in its middle."""
-    every = {"train.epochs": 1, "train.log_every": 5, "train.keep_checkpoints": 5}
+    """Three epochs of 5 steps."""
+    every = {"train.epochs": 3, "train.batch_size": 32, "train.log_every": 4, "train.keep_checkpoints": 5}
     return tiny_options | every | {"method.views": ["strong", "weak"]}
 
 
@@ -27,18 +27,20 @@ def test_a_method_trains_and_continues_to_the_same_bits(options, name):
     from test_pretrain import assert_same
 
     options["method.name"] = name
-    options["method.views"] += ["weak"] * (len(METHODS[name].defaults["method.views"]) - 2)  # support views
+    count = len(METHODS[name].defaults["method.views"])
+    options["method.views"] = ["strong", *["weak"] * (count - 1)]
     isd_ray.pretrain(options | {"name": "whole"})
     whole, half = (RunFolder(f"{options['output']}/{run}") for run in ("whole", "half"))
     half.write(HALF, whole.read(HALF))
     isd_ray.pretrain(options | {"name": "half"})
     saved, middle = load_checkpoint(whole), load_checkpoint(whole, HALF.split("/")[1])
-    assert saved["step"] == 10
+    assert saved["step"] == 15
     assert all(torch.isfinite(w.float()).all() for w in saved["method"].values())
     moved = [n for n, w in saved["method"].items() if not torch.equal(w, middle["method"][n])]
     assert any(n.startswith("student.backbone") for n in moved)
     assert any(n.startswith("teacher") for n in moved) == ("method.momentum" in METHODS[name].defaults)
     assert (saved["queue"] is None) != METHODS[name].uses_queue
+    assert (saved["bank"] is None) != METHODS[name].uses_bank
     assert_same(saved, load_checkpoint(half))
 
 

@@ -183,7 +183,7 @@ def plain(name, q, k, h, anchors, mask, symmetric=False):
 def plain_of_a_batch(name, z, p, anchors, mask):
     """`plain` for methods whose losses compare the images of the batch: projections z, unit predictions p."""
     if name == "barlow_twins":
-        return plain_barlow_twins(*z, 0.0051)
+        return plain_barlow_twins(*z, 0.0051) / 10
     if name == "vicreg":
         return plain_vicreg(*z)
     if name == "debiased":

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isd_ray.errors import UserError
-from isd_ray.methods import METHODS, build_method, find_method, initial_keys, options_of
+from isd_ray.methods import METHODS, build_method, find_method, options_of
 from isd_ray.methods.base import spread
 from isd_ray.models.heads import mlp
 from isd_ray.queue.distributed import DistributedQueue
+from isd_ray.queue.initial import initial_keys
 from isd_ray.queue.losses import similarity_kl
 
 K, B, D = 24, 8, 16

@@ -143,7 +143,7 @@ def test_prediction_without_negatives(name, dtype):
 @PRECISIONS
 def test_barlow_twins(dtype):
     views, twins = inputs(2, dtype)
-    ours = build("barlow_twins", dtype, weight=0.02)(views, torch.arange(B)).loss
+    ours = build("barlow_twins", dtype, weight=0.02, scale=1.0)(views, torch.arange(B)).loss
     compare(ours, BarlowTwinsLoss(lambda_param=0.02)(*twins), views, twins)
 
 
