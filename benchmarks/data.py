@@ -41,6 +41,7 @@ SETS: dict[str, tuple[str, int, int, int, int, tuple[str, ...]]] = {
     "imagenette": ("imagenette224_part_train.parquet", 250, 4, 64, 224, ()),
     "photographs": ("imagewoof320_mini_train.parquet", 25, 10, 32, 224, ("strong", "strong")),
 }
+FORMS = (".3f", ".1f", ".1f")  # CPU ms, first batch, memory
 QUICK = {"cifar10": ("cifar10_test.parquet", 1), "imagenette": (None, 2), "photographs": (None, 4)}
 
 
@@ -81,9 +82,9 @@ def turn(name: str, case: Case, epochs: int, answer: Any) -> None:
     """One contestant's turn, in a process of its own: puts seconds to the first batch and images/s by epoch."""
     torch.set_num_threads(os.cpu_count() or 1)
     start_epoch = CONTESTANTS[name](case)
-    start, first, rates = time.perf_counter(), 0.0, []
+    start, first, rates, used = time.perf_counter(), 0.0, [], []
     for number in range(epochs):
-        begun, images, total = time.perf_counter(), 0, 0.0
+        begun, busy, images, total = time.perf_counter(), tree_seconds(os.getpid()), 0, 0.0
         for batch in start_epoch(number):
             first = first or time.perf_counter() - start
             x = batch[0] if case.views else batch
@@ -92,7 +93,8 @@ def turn(name: str, case: Case, epochs: int, answer: Any) -> None:
                 total + float(x[-1, -1, -1, -1]),
             )  # the last pixel is really there
         rates.append(images / (time.perf_counter() - begun))
-    answer.put({"first_batch_seconds": first, "rates": rates, "images": images})
+        used.append(1000 * (tree_seconds(os.getpid()) - busy) / images)
+    answer.put({"first_batch_seconds": first, "rates": rates, "cpu_ms": used, "images": images})
 
 
 def in_process(name: str, case: Case, epochs: int) -> dict[str, Any]:
@@ -126,21 +128,30 @@ def in_process(name: str, case: Case, epochs: int) -> dict[str, Any]:
     return result | {"peak_bytes": peak[0]}
 
 
-def tree_memory(root: int) -> int:
-    """Return the resident bytes of a process and all its descendants (Linux)."""
-    parents: dict[int, int] = {}
-    resident: dict[int, int] = {}
+def process_tree(root: int) -> dict[int, list[str]]:
+    """Return the fields of /proc/PID/stat from the state on, for a process and all its descendants (Linux)."""
+    fields: dict[int, list[str]] = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            fields[int(entry.name)] = (entry / "stat").read_text().rsplit(")", 1)[1].split()
         except OSError:
             continue  # it has ended
-        parents[int(entry.name)], resident[int(entry.name)] = int(fields[1]), int(fields[21])
     family, grew = {root}, True
     while grew:
-        more = {pid for pid, parent in parents.items() if parent in family} - family
+        more = {pid for pid, field in fields.items() if int(field[1]) in family} - family
         family, grew = family | more, bool(more)
-    return sum(resident.get(pid, 0) for pid in family) * os.sysconf("SC_PAGE_SIZE")
+    return {pid: fields[pid] for pid in family if pid in fields}
+
+
+def tree_memory(root: int) -> int:
+    """Return the resident bytes of a process and its descendants, each by itself."""
+    return sum(int(field[21]) for field in process_tree(root).values()) * os.sysconf("SC_PAGE_SIZE")
+
+
+def tree_seconds(root: int) -> float:
+    """Return the processor seconds that a process and its descendants, also those that ended, have used."""
+    ticks = sum(int(t) for field in process_tree(root).values() for t in field[11:15])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def decoder_rate(case: Case, images: int = 500) -> float:
@@ -172,6 +183,7 @@ def measure(case: Case, turns: int, epochs: int) -> list[dict[str, Any]]:
                 "contestant": name,
                 "images_per_second": max(rate for r in results for rate in r["rates"][1:]),
                 "first_batch_seconds": statistics.median(r["first_batch_seconds"] for r in results),
+                "cpu_ms_per_image": min(ms for r in results for ms in r["cpu_ms"][1:]),
                 "peak_gib": max(r["peak_bytes"] for r in results) / 2**30,
                 "turns": results,
             }
@@ -201,12 +213,18 @@ def verdicts(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def print_tables(rows: list[dict[str, Any]], ratios: dict[str, dict[str, float]]) -> None:
     """Print the figures of all contestants, then the ratios."""
-    print("| case | contestant | images/s | first batch, s | peak memory, GiB |\n|---|---|---:|---:|---:|")
+    print(
+        "| case | contestant | images/s | CPU ms an image | first batch, s | peak memory, GiB |\n"
+        "|---|---|---:|---:|---:|---:|"
+    )
     for row in rows:
-        first, peak = row.get("first_batch_seconds"), row.get("peak_gib")
+        cells = [row.get(name) for name in ("cpu_ms_per_image", "first_batch_seconds", "peak_gib")]
         print(
             f"| {row['case']} | {row['contestant']} | {row['images_per_second']:,.0f} | "
-            f"{'' if first is None else f'{first:.1f}'} | {'' if peak is None else f'{peak:.1f}'} |"
+            + " | ".join(
+                "" if cell is None else f"{cell:{form}}" for cell, form in zip(cells, FORMS, strict=True)
+            )
+            + " |"
         )
     print("\n| case | ratio | value |\n|---|---|---:|")
     for case, values in ratios.items():

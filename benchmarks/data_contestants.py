@@ -21,7 +21,8 @@ from torchvision.transforms import v2
 from isd_ray.data.index import read_index
 from isd_ray.data.stream import Stream
 
-WORKERS = 2  # processes that read and decode, for all contestants alike
+# Processes that read and decode, for all contestants alike; forked, which starts them fastest.
+WORKERS: dict[str, Any] = {"num_workers": 2, "persistent_workers": True, "multiprocessing_context": "fork"}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Epoch = Callable[[int], Iterator[Any]]
 
@@ -121,9 +122,7 @@ class Files(torch.utils.data.Dataset):
 
 def files_loader(case: Case) -> Epoch:
     """torch's DataLoader over a shuffled folder of files."""
-    loader = torch.utils.data.DataLoader(
-        Files(case), case.batch, shuffle=True, drop_last=True, num_workers=WORKERS, persistent_workers=True
-    )
+    loader = torch.utils.data.DataLoader(Files(case), case.batch, shuffle=True, drop_last=True, **WORKERS)
     return lambda _: iter(loader)
 
 
@@ -142,7 +141,7 @@ def webdataset_loader(case: Case) -> Epoch:
         .map(partial(image_member, transform=Transform(case)))
         .batched(case.batch, collation_fn=torch.utils.data.default_collate, partial=False)
     )
-    loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=WORKERS, persistent_workers=True)
+    loader = torch.utils.data.DataLoader(data, batch_size=None, **WORKERS)
     return lambda _: iter(loader)
 
 
