@@ -19,6 +19,7 @@ from isd_ray.errors import UserError
 Block = dict[str, np.ndarray]
 
 BLOCK_BYTES = 16 * 2**20  # decoded bytes in one block of the object store
+TASK_BYTES = 2 * BLOCK_BYTES  # what a task may put there before somebody takes it
 AHEAD = 2  # batches fetched before they are asked for
 TASK_CPUS = 0  # workers may hold every CPU, and tasks must run all the same: their number is bounded instead
 # Three lines of the executor a dataset are too many when every epoch is one.
@@ -33,6 +34,11 @@ class Blocks:
     def __init__(self, table: pa.Table):
         self.table = table
         self.filesystem, self.folder = open_filesystem(index_table.root(table))
+
+    @property
+    def is_local(self) -> bool:
+        """Tell whether the shards lie on a local file system, where a read costs next to nothing."""
+        return isinstance(self.filesystem, fs.LocalFileSystem)
 
     @cached_property
     def _table_ref(self) -> ray.ObjectRef:
