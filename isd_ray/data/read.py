@@ -96,7 +96,9 @@ def _cutters(position: np.ndarray, shape: Shape) -> list[Cutter]:
     if shape.views is None:
         return []
     numbers = v.view_draws(shape.seed, shape.epoch, position, len(shape.views))
-    return [_cutter(view, u, view.pixels(shape.size[0])) for view, u in zip(shape.views, numbers, strict=True)]
+    return [
+        _cutter(view, u, view.pixels(shape.size[0])) for view, u in zip(shape.views, numbers, strict=True)
+    ]
 
 
 def _cutter(view: View, u: np.ndarray, side: int) -> Cutter:
@@ -104,7 +106,8 @@ def _cutter(view: View, u: np.ndarray, side: int) -> Cutter:
     mirrored, top_left = v.flipped(view, u), u[:, [v.TOP, v.LEFT]].tolist()
 
     def cut(picture: Image.Image, i: int, out: np.ndarray) -> None:
-        top, left, h, w = v.crop_box(share[i], ratio[i], *top_left[i], *picture.size)
+        u_top, u_left = top_left[i]
+        top, left, h, w = v.crop_box(share[i], ratio[i], u_top, u_left, picture.width, picture.height)
         part = picture.crop((left, top, left + w, top + h)).resize((side, side), FILTERS[view.interpolation])
         part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored[i] else part
         out[:, :side, :side] = np.asarray(part).transpose(2, 0, 1)

@@ -5,7 +5,6 @@ one fused operator opens the shards, reads ranges, decodes and crops, with prese
 image size are decoded once and kept in memory; a step is then one gather.
 """
 
-import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from isd_ray.data import index as index_table
-from isd_ray.data.blocks import TASK_BYTES, BadImages, Blocks
+from isd_ray.data.blocks import BadImages, Blocks, task_rows
 from isd_ray.data.plan import MEMORY_LIMIT, chunk_for, fits_memory, one_size, plan, rank_columns, shard_codes
 from isd_ray.data.read import Shape
 from isd_ray.data.views import View, get_views
@@ -130,7 +129,7 @@ class Stream:
         )
         local = rows.shape[1]
         chunk = 1 if self._blocks.is_local else self.chunk
-        windows = _windows(start, len(rows), chunk, local, task_images(shape))
+        windows = _windows(start, len(rows), chunk, local, min(TASK_IMAGES, task_rows(local, shape)))
         ranges = [(a * local, b * local) for a, b in windows]
         blocks = self._blocks.read(rows.ravel(), position.ravel(), ranges, local, shape, self.world)
         for step, block in enumerate(blocks, start):
@@ -192,18 +191,9 @@ def good_images(block: dict[str, np.ndarray], good: np.ndarray) -> Tensor:
 
 def _in_order(reader: Blocks, shape: Shape, batch: int, world: int = 1) -> Iterator[dict[str, np.ndarray]]:
     rows = np.arange(reader.table.num_rows)
-    step = batch * max(1, task_images(shape) // batch)
+    step = batch * max(1, min(TASK_IMAGES, task_rows(batch, shape)) // batch)
     ranges = [(a, min(a + step, len(rows))) for a in range(0, len(rows), step)]
     yield from reader.read(rows, rows, ranges, batch, shape, world)
-
-
-def task_images(shape: Shape) -> int:
-    """Return how many images one task reads: two blocks' worth.
-
-    Batches come in order, so a task that is ahead of its turn stops when its blocks that nobody has taken
-    fill its buffer, and its core idles. It holds two blocks; a task of no more than that never waits.
-    """
-    return max(1, min(TASK_IMAGES, TASK_BYTES // math.prod(shape.array)))
 
 
 def _windows(start: int, steps: int, chunk: int, local: int, images: int) -> list[tuple[int, int]]:
