@@ -8,6 +8,7 @@ silence.
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from time import perf_counter
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,7 @@ from isd_ray.data.views import View
 GAP = (
     64 * 1024
 )  # bytes between two images that are read rather than skipped: less than a second request costs
+STAGES = ("read", "decode", "transform")  # what a reading task spends its time on
 REMOTE_READS = 8  # requests under way in one task when the shards are not local
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -56,36 +58,50 @@ def read_rows(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Read rows of the index at once, then yield them decoded and shaped, `batch` at a time.
 
-    A block is {image uint8 [b, V, 3, S, S], row [b], position [b], reason [b]}; `reason` is "" for a good
-    image, a broken one is all zero and says why.
+    A block is {image uint8 [b, V, 3, S, S], row [b], position [b], reason [b], seconds float32 [b, 3]};
+    `reason` is "" for a good image, a broken one is all zero and says why; `seconds` were spent on the row in
+    each of STAGES.
     """
+    start_read = perf_counter()
     data = read_bytes(filesystem, folder, table.take(pa.array(rows)))
+    reading = (perf_counter() - start_read) / max(len(rows), 1)
     for start in range(0, len(rows), batch):
         part = slice(start, start + batch)
-        image, reason = _decode(data[part], position[part], shape)
+        image, reason, seconds = _decode(data[part], position[part], shape)
+        seconds[:, 0] = reading
         data[part] = [b""] * len(reason)  # the encoded bytes are not needed any more
-        yield {"image": image, "row": rows[part], "position": position[part], "reason": reason}
+        yield {
+            "image": image,
+            "row": rows[part],
+            "position": position[part],
+            "reason": reason,
+            "seconds": seconds,
+        }
 
 
 def _decode(
     data: list[bytes | BrokenImage], position: np.ndarray, shape: Shape
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     image = np.zeros((len(data), *shape.array), dtype=np.uint8)
     reason = np.full(len(data), "", dtype=object)
+    seconds = np.zeros((len(data), len(STAGES)), dtype=np.float32)
     cutters = _cutters(position, shape)
     for i, content in enumerate(data):
+        start = perf_counter()
         try:
             if isinstance(content, BrokenImage):
                 raise content
             picture = decode(content)
+            decoded = perf_counter()
             for cut, out in zip(cutters, image[i], strict=False):
                 cut(picture, i, out)
             if not cutters:
                 image[i, 0] = pixels(_whole(picture, shape))
+            seconds[i, 1:] = decoded - start, perf_counter() - decoded
         except BrokenImage as error:
             image[i] = 0
             reason[i] = str(error)
-    return image, reason
+    return image, reason, seconds
 
 
 Cutter = Callable[[Image.Image, int, np.ndarray], None]

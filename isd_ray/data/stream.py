@@ -20,7 +20,7 @@ from torch import Tensor
 from isd_ray.data import index as index_table
 from isd_ray.data.blocks import BadImages, Blocks, task_rows
 from isd_ray.data.plan import MEMORY_LIMIT, chunk_for, fits_memory, one_size, plan, rank_columns, shard_codes
-from isd_ray.data.read import Shape
+from isd_ray.data.read import STAGES, Shape
 from isd_ray.data.views import View, get_views
 from isd_ray.errors import UserError, nearest
 
@@ -89,6 +89,7 @@ class Stream:
         self._labels = torch.from_numpy(index_table.labels(table))
         self._bad = BadImages(table, max_bad)
         self._blocks = Blocks(table)
+        self._stages, self._read = np.zeros(len(STAGES)), 0
         self._memory: tuple[Tensor, np.ndarray] | None = None
 
     @property
@@ -100,6 +101,21 @@ class Stream:
     def bad(self) -> list[dict[str, Any]]:
         """The broken images met so far: shard, key, index (row of the table), reason."""
         return self._bad.entries
+
+    def take_stages(self) -> dict[str, float]:
+        """Return the milliseconds an image that reading tasks spent since the last call: read, decode, transform.
+
+        All zero where nothing was read, as from memory. Tasks run beside each other and beside the caller.
+        """
+        means = 1000 * self._stages / max(self._read, 1)
+        self._stages, self._read = np.zeros(len(STAGES)), 0
+        return dict(zip(STAGES, means.tolist(), strict=True))
+
+    def _good(self, block: dict[str, np.ndarray]) -> np.ndarray:
+        """Note broken images and the time that the block took; return which rows are good, bool [b]."""
+        self._stages += block["seconds"].sum(axis=0)
+        self._read += len(block["seconds"])
+        return self._bad.note(block)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch from step `start` on; a broken image is left out of its batch.
@@ -133,7 +149,7 @@ class Stream:
         ranges = [(a * local, b * local) for a, b in windows]
         blocks = self._blocks.read(rows.ravel(), position.ravel(), ranges, local, shape, self.world)
         for step, block in enumerate(blocks, start):
-            good = self._bad.note(block)
+            good = self._good(block)
             row = block["row"][good]
             self._require_some(row, step)
             image = good_images(block, good)
@@ -153,7 +169,7 @@ class Stream:
             is_good = np.zeros(self.table.num_rows, dtype=bool)
             for block in _in_order(self._blocks, Shape((height, width)), 256, self.world):
                 images.numpy()[block["row"]] = block["image"][:, 0]
-                is_good[block["row"]] = self._bad.note(block)
+                is_good[block["row"]] = self._good(block)
             self._memory = images, is_good
         return self._memory
 

@@ -25,6 +25,7 @@ from isd_ray.train import cluster
 from isd_ray.train.evaluation import evaluate_run
 from isd_ray.train.folder import RunFolder, checkpoint_names, load_checkpoint
 from isd_ray.train.loop import train
+from isd_ray.train.parts import run_shares, run_stages, sentence
 from isd_ray.train.state import build_state
 
 # Options that may change between the start of a run and its continuation: they do not change what is learned.
@@ -173,14 +174,17 @@ def export(config: Config, folder: RunFolder) -> None:
 
 def summary(config: Config, folder: RunFolder, seconds: dict[str, float]) -> dict[str, Any]:
     """Return what is known of a run without evaluating it."""
-    lines = folder.read("metrics.jsonl").decode().splitlines()
-    rates = sorted(json.loads(line)["images_per_second"] for line in lines)
+    lines = [json.loads(line) for line in folder.read("metrics.jsonl").decode().splitlines()]
+    rates = sorted(line["images_per_second"] for line in lines)
+    parts, stages = run_shares(lines), run_stages(lines)
     names = ("torch", "torchvision", "ray", "pyarrow", "numpy", "timm")
     return {
         "name": folder.uri.rsplit("/", 1)[-1],
         "folder": folder.uri,
         "seconds": seconds,
         "images_per_second": round(rates[len(rates) // 2], 1),
+        "time_shares": {part: round(share, 4) for part, share in parts.items()},
+        "time_note": sentence(parts, stages),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in names},
         "config": config.model_dump(),
     }
@@ -219,6 +223,8 @@ def print_result(result: dict[str, Any]) -> None:
         say(result["note"])
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in result["seconds"].items())
     say(f"{result['images_per_second']:.0f} images/s; {seconds}")
+    if result.get("time_note"):
+        say(result["time_note"])
     say(f"results: {result['folder']}/result.json")
 
 
