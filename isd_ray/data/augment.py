@@ -53,8 +53,17 @@ def make_views(
             if whole is None
             else crop(whole, view, u[i], side)
         )
-        made.append(normalise(photometric(x, view, u[i]), mean, std))
+        made.append(_coloured(x, view, u[i], mean, std))
     return made
+
+
+def _coloured(x: Tensor, view: View, u: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Colour and normalise in place; on a CPU a few images at a time, which stay in its cache from step to step."""
+    few = max(1, 2 * colour.CACHE_BYTES // (4 * x[0].numel())) if x.device.type == "cpu" else len(x)
+    for start in range(0, len(x), few):
+        part = slice(start, start + few)
+        normalise(photometric(x[part], view, u[part]), mean, std)
+    return x
 
 
 def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

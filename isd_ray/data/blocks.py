@@ -1,8 +1,9 @@
 """Rows of the index as decoded blocks, in order, through Ray Data: the one place where the data room touches Ray."""
 
 import logging
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property, partial
 from typing import Any
 
@@ -18,7 +19,8 @@ from isd_ray.errors import UserError
 
 Block = dict[str, np.ndarray]
 
-BLOCK_BYTES = 16 * 2**20  # decoded bytes in one block of the object store
+BLOCK_BYTES = 16 * 2**20  # decoded bytes in one block of the object store, or one batch where that is more
+TASK_BLOCKS = 2  # what a task may put there before somebody takes it: Ray Data's limit
 AHEAD = 2  # batches fetched before they are asked for
 TASK_CPUS = 0  # workers may hold every CPU, and tasks must run all the same: their number is bounded instead
 # Three lines of the executor a dataset are too many when every epoch is one.
@@ -33,6 +35,11 @@ class Blocks:
     def __init__(self, table: pa.Table):
         self.table = table
         self.filesystem, self.folder = open_filesystem(index_table.root(table))
+
+    @property
+    def is_local(self) -> bool:
+        """Tell whether the shards lie on a local file system, where a read costs next to nothing."""
+        return isinstance(self.filesystem, fs.LocalFileSystem)
 
     @cached_property
     def _table_ref(self) -> ray.ObjectRef:
@@ -65,16 +72,55 @@ class Blocks:
                 yield from work(item, table=self._ranges, rows=rows, position=position)
             return
         refs = {"table": self._table_ref, "rows": ray.put(rows), "position": ray.put(position)}
-        dataset = _dataset(work, refs, ranges, world)
-        yield from dataset.iter_batches(batch_size=batch, batch_format="numpy", prefetch_batches=AHEAD)
+        dataset = _dataset(work, refs, ranges, world, block_batches(batch, shape) * batch * row_bytes(shape))
+        blocks = dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=AHEAD)
+        yield from cut_batches(blocks, batch)
 
 
-def _dataset(work: Any, refs: dict[str, Any], ranges: list[tuple[int, int]], world: int) -> ray.data.Dataset:
+def row_bytes(shape: Shape) -> int:
+    """Return the decoded bytes of one row."""
+    return math.prod(shape.array)
+
+
+def block_batches(batch: int, shape: Shape) -> int:
+    """Return how many whole batches make one block."""
+    return max(1, BLOCK_BYTES // (batch * row_bytes(shape)))
+
+
+def task_rows(batch: int, shape: Shape) -> int:
+    """Return how many rows one task gives, in whole batches, without ever waiting for its turn.
+
+    Batches come in order, so a task that is ahead stops when its blocks that nobody has taken are as many as
+    Ray Data allows, and its core idles.
+    """
+    return TASK_BLOCKS * block_batches(batch, shape) * batch
+
+
+def cut_batches(blocks: Iterable[Block], batch: int) -> Iterator[Block]:
+    """Yield `batch` rows at a time (the last ones may be fewer); blocks of whole batches are cut without a copy.
+
+    `iter_batches(batch_size=batch)` gives the same and copies every batch.
+    """
+    rest: Block = {}
+    for block in blocks:
+        if rest:
+            block = {name: np.concatenate([rest[name], block[name]]) for name in block}
+        rows = len(block["row"])
+        for start in range(0, rows - batch + 1, batch):
+            yield {name: column[start : start + batch] for name, column in block.items()}
+        rest = {name: column[rows - rows % batch :] for name, column in block.items()} if rows % batch else {}
+    if rest:
+        yield rest
+
+
+def _dataset(
+    work: Any, refs: dict[str, Any], ranges: list[tuple[int, int]], world: int, block_bytes: int
+) -> ray.data.Dataset:
     """Build one fused operator over ranges; its settings stay with this dataset."""
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    context.target_max_block_size = BLOCK_BYTES
+    context.target_max_block_size = block_bytes  # a little less than the other columns make it
     tasks = max(1, int(ray.cluster_resources().get("CPU", 1)) // world)
     tasks = min(tasks, len(ranges))
     with ray.data.DataContext.current(context):

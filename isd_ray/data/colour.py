@@ -7,7 +7,9 @@ usual ones (ITU-R 601 luma; HSV).
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+CACHE_BYTES = 2**20  # float images that a core works on at a time: they stay in its cache
 LUMA = (0.2989, 0.587, 0.114)
 
 
@@ -62,11 +64,17 @@ def solarize(images: Tensor) -> Tensor:
     return torch.where(images >= 128 / 255, 1 - images, images)
 
 
+def blur_kernels(sigma: Tensor, radius: int) -> Tensor:
+    """Return Gaussian weights that sum to one, [m, 2 radius + 1]."""
+    offset = torch.arange(-radius, radius + 1, device=sigma.device)
+    kernel = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)
+    return kernel / kernel.sum(1, keepdim=True)
+
+
 def blur_matrices(sigma: Tensor, size: int, radius: int) -> Tensor:
     """Return Gaussian blur along one axis as matrices [m, size, size], reflected at the border."""
     offset = torch.arange(-radius, radius + 1, device=sigma.device)
-    kernel = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)
-    kernel = kernel / kernel.sum(1, keepdim=True)  # [m, 2 radius + 1]
+    kernel = blur_kernels(sigma, radius)
     place = (torch.arange(size, device=sigma.device)[:, None] + offset).abs()
     place = torch.where(place >= size, 2 * (size - 1) - place, place)  # [size, 2 radius + 1]
     matrices = torch.zeros(len(sigma), size, size, device=sigma.device)
@@ -74,10 +82,25 @@ def blur_matrices(sigma: Tensor, size: int, radius: int) -> Tensor:
 
 
 def blur(images: Tensor, sigma: Tensor, max_sigma: float) -> Tensor:
-    """Blur with a Gaussian of `sigma` pixels, cut at three times `max_sigma`."""
+    """Blur with a Gaussian of `sigma` pixels, cut at three times `max_sigma`, reflected at the border."""
     height, width = images.shape[-2:]
     radius = min(int(3 * max_sigma + 0.999), height - 1, width - 1)
-    return separable(images, blur_matrices(sigma, height, radius), blur_matrices(sigma, width, radius))
+    if images.device.type != "cpu":
+        return separable(images, blur_matrices(sigma, height, radius), blur_matrices(sigma, width, radius))
+    few = max(1, CACHE_BYTES // (4 * images[0].numel()))
+    parts = zip(images.split(few), sigma.split(few), strict=True)
+    return torch.cat([_blur_by_taps(part, s, radius) for part, s in parts])
+
+
+def _blur_by_taps(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
+    """Blur as a sum of shifted images: less arithmetic than the matrices, and quicker while all fits in the cache."""
+    kernel = blur_kernels(sigma, radius)
+    for axis, border in ((2, (0, 0, radius, radius)), (3, (radius, radius, 0, 0))):
+        padded, size = F.pad(images, border, mode="reflect"), images.shape[axis]
+        images = padded.narrow(axis, 0, size) * _per_sample(kernel[:, 0])
+        for tap in range(1, 2 * radius + 1):
+            images.addcmul_(padded.narrow(axis, tap, size), _per_sample(kernel[:, tap]))
+    return images
 
 
 def separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

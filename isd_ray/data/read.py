@@ -5,9 +5,10 @@ row: a broken image is a row of zeros with a reason, so that batches keep their 
 silence.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from time import perf_counter
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,7 @@ from isd_ray.data.views import View
 GAP = (
     64 * 1024
 )  # bytes between two images that are read rather than skipped: less than a second request costs
+STAGES = ("read", "decode", "transform")  # what a reading task spends its time on
 REMOTE_READS = 8  # requests under way in one task when the shards are not local
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -56,43 +58,81 @@ def read_rows(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Read rows of the index at once, then yield them decoded and shaped, `batch` at a time.
 
-    A block is {image uint8 [b, V, 3, S, S], row [b], position [b], reason [b]}; `reason` is "" for a good
-    image, a broken one is all zero and says why.
+    A block is {image uint8 [b, V, 3, S, S], row [b], position [b], reason [b], seconds float32 [b, 3]};
+    `reason` is "" for a good image, a broken one is all zero and says why; `seconds` were spent on the row in
+    each of STAGES.
     """
+    start_read = perf_counter()
     data = read_bytes(filesystem, folder, table.take(pa.array(rows)))
+    reading = (perf_counter() - start_read) / max(len(rows), 1)
     for start in range(0, len(rows), batch):
         part = slice(start, start + batch)
-        image, reason = _decode(data[part], position[part], shape)
+        image, reason, seconds = _decode(data[part], position[part], shape)
+        seconds[:, 0] = reading
         data[part] = [b""] * len(reason)  # the encoded bytes are not needed any more
-        yield {"image": image, "row": rows[part], "position": position[part], "reason": reason}
+        yield {
+            "image": image,
+            "row": rows[part],
+            "position": position[part],
+            "reason": reason,
+            "seconds": seconds,
+        }
 
 
 def _decode(
     data: list[bytes | BrokenImage], position: np.ndarray, shape: Shape
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     image = np.zeros((len(data), *shape.array), dtype=np.uint8)
     reason = np.full(len(data), "", dtype=object)
-    numbers = None
-    if shape.views is not None:
-        numbers = v.view_draws(shape.seed, shape.epoch, position, len(shape.views))
+    seconds = np.zeros((len(data), len(STAGES)), dtype=np.float32)
+    cutters = _cutters(position, shape)
     for i, content in enumerate(data):
+        start = perf_counter()
         try:
             if isinstance(content, BrokenImage):
                 raise content
-            _shape(decode(content), shape, None if numbers is None else numbers[:, i], image[i])
+            picture = decode(content)
+            decoded = perf_counter()
+            for cut, out in zip(cutters, image[i], strict=False):
+                cut(picture, i, out)
+            if not cutters:
+                image[i, 0] = pixels(_whole(picture, shape))
+            seconds[i, 1:] = decoded - start, perf_counter() - decoded
         except BrokenImage as error:
             image[i] = 0
             reason[i] = str(error)
-    return image, reason
+    return image, reason, seconds
 
 
-def _shape(picture: Image.Image, shape: Shape, numbers: np.ndarray | None, out: np.ndarray) -> None:
-    """Write the pixels of one decoded image into out [V, 3, H, W]."""
-    if shape.views is not None and numbers is not None:
-        for view, u, place in zip(shape.views, numbers, out, strict=True):
-            side = view.pixels(shape.size[0])
-            place[:, :side, :side] = _crop(picture, view, u, side)
-        return
+Cutter = Callable[[Image.Image, int, np.ndarray], None]
+
+
+def _cutters(position: np.ndarray, shape: Shape) -> list[Cutter]:
+    """Return, for each view, what writes its crop of image i of the batch into out uint8 [3, side, side]."""
+    if shape.views is None:
+        return []
+    numbers = v.view_draws(shape.seed, shape.epoch, position, len(shape.views))
+    return [
+        _cutter(view, u, view.pixels(shape.size[0])) for view, u in zip(shape.views, numbers, strict=True)
+    ]
+
+
+def _cutter(view: View, u: np.ndarray, side: int) -> Cutter:
+    share, ratio = v.crop_tries(view, u)
+    mirrored, top_left = v.flipped(view, u), u[:, [v.TOP, v.LEFT]].tolist()
+
+    def cut(picture: Image.Image, i: int, out: np.ndarray) -> None:
+        u_top, u_left = top_left[i]
+        top, left, h, w = v.crop_box(share[i], ratio[i], u_top, u_left, picture.width, picture.height)
+        part = picture.crop((left, top, left + w, top + h)).resize((side, side), FILTERS[view.interpolation])
+        part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored[i] else part
+        out[:, :side, :side] = np.asarray(part).transpose(2, 0, 1)
+
+    return cut
+
+
+def _whole(picture: Image.Image, shape: Shape) -> Image.Image:
+    """Return the image as it is, or its centre view. Raises BrokenImage when its size is not the index's."""
     height, width = shape.size
     if shape.center and picture.size != (width, height):
         new_width, new_height, left, top = v.center_geometry(*picture.size, width)
@@ -100,18 +140,7 @@ def _shape(picture: Image.Image, shape: Shape, numbers: np.ndarray | None, out: 
         picture = picture.crop((left, top, left + width, top + height))
     if picture.size != (width, height):
         raise BrokenImage(f"{picture.width} x {picture.height} pixels, but the index says {width} x {height}")
-    out[0] = pixels(picture)
-
-
-def _crop(picture: Image.Image, view: View, u: np.ndarray, side: int) -> np.ndarray:
-    """Return one random resized crop, mirrored where drawn, uint8 [3, side, side]."""
-    one = u[None]
-    top, left, h, w = v.crop_boxes(view, one, np.array([picture.width]), np.array([picture.height]))[
-        0
-    ].tolist()
-    part = picture.crop((left, top, left + w, top + h)).resize((side, side), FILTERS[view.interpolation])
-    values = pixels(part)
-    return values[:, :, ::-1] if v.flipped(view, one)[0] else values
+    return picture
 
 
 def read_bytes(filesystem: fs.FileSystem, folder: str, table: pa.Table) -> list[bytes | BrokenImage]:

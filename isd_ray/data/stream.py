@@ -6,6 +6,7 @@ image size are decoded once and kept in memory; a step is then one gather.
 """
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,13 +18,13 @@ import torch
 from torch import Tensor
 
 from isd_ray.data import index as index_table
-from isd_ray.data.blocks import BadImages, Blocks
+from isd_ray.data.blocks import BadImages, Blocks, task_rows
 from isd_ray.data.plan import MEMORY_LIMIT, chunk_for, fits_memory, one_size, plan, rank_columns, shard_codes
-from isd_ray.data.read import Shape
+from isd_ray.data.read import STAGES, Shape
 from isd_ray.data.views import View, get_views
 from isd_ray.errors import UserError, nearest
 
-TASK_IMAGES = 1024  # images that one task reads, at least `chunk` steps of them; its start costs milliseconds
+TASK_IMAGES = 1024  # most images that one task reads from local shards; its start costs milliseconds
 CACHES = ("auto", "memory", "none")
 
 
@@ -88,6 +89,7 @@ class Stream:
         self._labels = torch.from_numpy(index_table.labels(table))
         self._bad = BadImages(table, max_bad)
         self._blocks = Blocks(table)
+        self._stages, self._read = np.zeros(len(STAGES)), 0
         self._memory: tuple[Tensor, np.ndarray] | None = None
 
     @property
@@ -99,6 +101,21 @@ class Stream:
     def bad(self) -> list[dict[str, Any]]:
         """The broken images met so far: shard, key, index (row of the table), reason."""
         return self._bad.entries
+
+    def take_stages(self) -> dict[str, float]:
+        """Return the milliseconds an image that reading tasks spent since the last call: read, decode, transform.
+
+        All zero where nothing was read, as from memory. Tasks run beside each other and beside the caller.
+        """
+        means = 1000 * self._stages / max(self._read, 1)
+        self._stages, self._read = np.zeros(len(STAGES)), 0
+        return dict(zip(STAGES, means.tolist(), strict=True))
+
+    def _good(self, block: dict[str, np.ndarray]) -> np.ndarray:
+        """Note broken images and the time that the block took; return which rows are good, bool [b]."""
+        self._stages += block["seconds"].sum(axis=0)
+        self._read += len(block["seconds"])
+        return self._bad.note(block)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch from step `start` on; a broken image is left out of its batch.
@@ -127,13 +144,15 @@ class Stream:
             else Shape((self.size, self.size), tuple(self.views), self.seed, epoch)
         )
         local = rows.shape[1]
-        ranges = [(a * local, b * local) for a, b in _windows(start, len(rows), self.chunk, local)]
+        chunk = 1 if self._blocks.is_local else self.chunk
+        windows = _windows(start, len(rows), chunk, local, min(TASK_IMAGES, task_rows(local, shape)))
+        ranges = [(a * local, b * local) for a, b in windows]
         blocks = self._blocks.read(rows.ravel(), position.ravel(), ranges, local, shape, self.world)
         for step, block in enumerate(blocks, start):
-            good = self._bad.note(block)
+            good = self._good(block)
             row = block["row"][good]
             self._require_some(row, step)
-            image = torch.from_numpy(block["image"][good])
+            image = good_images(block, good)
             yield self._batch(image, row, block["position"][good], epoch, cropped=whole is None)
 
     def _batch(
@@ -148,9 +167,9 @@ class Stream:
             width, height = one_size(self.table) or (0, 0)
             images = torch.empty(self.table.num_rows, 3, height, width, dtype=torch.uint8)
             is_good = np.zeros(self.table.num_rows, dtype=bool)
-            for block in _in_order(self._blocks, Shape((height, width)), TASK_IMAGES, self.world):
+            for block in _in_order(self._blocks, Shape((height, width)), 256, self.world):
                 images.numpy()[block["row"]] = block["image"][:, 0]
-                is_good[block["row"]] = self._bad.note(block)
+                is_good[block["row"]] = self._good(block)
             self._memory = images, is_good
         return self._memory
 
@@ -175,19 +194,31 @@ def ordered(table: pa.Table, *, size: int, batch: int = 256, max_bad: float = 0.
     for block in _in_order(Blocks(table), shape, batch):
         good = bad.note(block)
         index = torch.from_numpy(block["row"][good])
-        yield Batch(torch.from_numpy(block["image"][good]), index, labels[index], index, epoch=0, seed=0)
+        yield Batch(good_images(block, good), index, labels[index], index, epoch=0, seed=0)
+
+
+def good_images(block: dict[str, np.ndarray], good: np.ndarray) -> Tensor:
+    """Return the good images of a block; where all are, without a copy: do not write to them."""
+    images = block["image"] if good.all() else block["image"][good]
+    with warnings.catch_warnings():  # torch cannot mark a tensor as read-only, as Ray's shared memory is
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(images)
 
 
 def _in_order(reader: Blocks, shape: Shape, batch: int, world: int = 1) -> Iterator[dict[str, np.ndarray]]:
     rows = np.arange(reader.table.num_rows)
-    step = batch * max(1, TASK_IMAGES // batch)
+    step = batch * max(1, min(TASK_IMAGES, task_rows(batch, shape)) // batch)
     ranges = [(a, min(a + step, len(rows))) for a in range(0, len(rows), step)]
     yield from reader.read(rows, rows, ranges, batch, shape, world)
 
 
-def _windows(start: int, steps: int, chunk: int, local: int) -> list[tuple[int, int]]:
-    """Cut steps start .. steps into ranges for tasks, at multiples of the plan's windows."""
-    window = chunk * max(1, TASK_IMAGES // (chunk * local))
+def _windows(start: int, steps: int, chunk: int, local: int, images: int) -> list[tuple[int, int]]:
+    """Cut steps start .. steps into ranges for tasks of about `images`, at multiples of the plan's windows.
+
+    From remote shards a task reads at least a whole window, `chunk` steps, so that it requests each range
+    once; from local ones (`chunk` 1 here) bytes that are read twice come from the page cache.
+    """
+    window = chunk * max(1, images // (chunk * local))
     edges = [start, *range((start // window + 1) * window, steps, window), steps]
     return [(a, b) for a, b in pairwise(edges) if a < b]
 

@@ -1,53 +1,43 @@
 """Numbers of the run while it goes: gathered over the workers every few steps, shown, written, and checked."""
 
 import time
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from isd_ray.config import Config, flatten
+from isd_ray.data.stream import Stream
 from isd_ray.errors import UserError
 from isd_ray.train.folder import RunFolder, checkpoint_names
 from isd_ray.train.loggers import open_loggers
+from isd_ray.train.parts import PARTS, STAGES, Clock, shares
 from isd_ray.train.progress import MetricsWriter, Progress
 from isd_ray.train.state import Worker
 
-T = TypeVar("T")
-
 
 class Log:
-    """Collects loss, diagnostics and waiting time; every `log_every` steps it reduces them over the workers.
+    """Collects loss, diagnostics and where the time goes; every `log_every` steps it reduces them over the workers.
 
     That reduction is the only communication besides gradients and queue. Rank 0's clock rides along in it, so all
     workers agree on when to save a checkpoint.
     """
 
-    def __init__(self, config: Config, folder: RunFolder, worker: Worker, steps: int, step: int) -> None:
-        self.config, self.folder, self.worker, self.steps = config, folder, worker, steps
+    def __init__(
+        self, config: Config, folder: RunFolder, worker: Worker, stream: Stream, step: int, clock: Clock
+    ) -> None:
+        self.config, self.folder, self.worker, self.steps = config, folder, worker, stream.steps
+        self.stream, self.clock = stream, clock
         self.every = config.train.log_every
         self.loss, self.count = torch.zeros((), device=worker.device), 0
-        self.waited, self.started, self.saved = 0.0, time.monotonic(), time.monotonic()
+        self.started = self.saved = time.monotonic()
         self.first = worker.rank == 0
         if self.first:
             batch = config.train.batch_size
-            self.progress = Progress(config.train.epochs, steps, batch, start_step=step, out=worker.out)
+            self.progress = Progress(config.train.epochs, self.steps, batch, start_step=step, out=worker.out)
             self.metrics = MetricsWriter(folder.uri, start_step=step)
             run, options = folder.uri.rsplit("/", 1)[-1], flatten(config.model_dump())
             self.loggers = open_loggers(config.train.loggers, run, options)
-
-    def waiting(self, batches: Iterable[T]) -> Iterator[T]:
-        """Pass the batches on and count the time that they made the loop wait."""
-        iterator = iter(batches)
-        while True:
-            start = time.monotonic()
-            batch = next(iterator, None)
-            self.waited += time.monotonic() - start
-            if batch is None:
-                return
-            yield batch
 
     def due(self, step: int) -> bool:
         """Tell whether the log is reduced once `step` steps are done: at the same steps on all workers."""
@@ -67,17 +57,20 @@ class Log:
         clock = float(time.monotonic() - self.saved >= self.config.train.checkpoint_seconds)
         names = sorted(diagnostics)
         values = [self.loss / self.count, *(diagnostics[name].float() / self.worker.world for name in names)]
-        extra = [self.waited / seconds / self.worker.world, clock if self.first else 0.0]
+        parts, stages = shares(self.clock.take()), self.stream.take_stages()
+        extra = [*parts.values(), *stages.values(), self.worker.world * clock * self.first]
+        extra = [value / self.worker.world for value in extra]
         vector = torch.cat([torch.stack([v.to(self.loss) for v in values]), self.loss.new_tensor(extra)])
         if self.worker.world > 1:
             dist.all_reduce(vector)
-        loss, *numbers, waited, save = vector.tolist()
+        loss, *numbers, save = vector.tolist()
+        found = dict(zip([*names, *parts, *stages], numbers, strict=True))
         if not torch.isfinite(vector[0]):
             raise UserError(self.not_finite(step))
         if self.first:
-            self.show(step, loss, rate, dict(zip(names, numbers, strict=True)), waited, seconds)
+            self.show(step, loss, rate, {name: found[name] for name in names}, found, seconds)
         self.loss.zero_()
-        self.count, self.waited, self.started = 0, 0.0, time.monotonic()
+        self.count, self.started = 0, time.monotonic()
         return save > 0
 
     def show(
@@ -86,13 +79,15 @@ class Log:
         loss: float,
         rate: float,
         diagnostics: dict[str, float],
-        waited: float,
+        spent: dict[str, float],
         seconds: float,
     ) -> None:
-        """Show progress and write one line of metrics."""
-        self.progress.step(step, loss, diagnostics, waited * seconds, lr=rate)
+        """Show progress and write one line of metrics; `spent`: shares of the parts, ms an image of the stages."""
+        self.progress.step(step, loss, diagnostics, spent["wait"] * seconds, lr=rate)
         images = self.count * self.config.train.batch_size / seconds
-        speed = {"images_per_second": round(images, 1), "wait_share": round(waited, 4)}
+        speed = {"images_per_second": round(images, 1)}
+        speed |= {f"{part}_share": round(spent[part], 4) for part in PARTS}
+        speed |= {f"{stage}_ms": round(spent[stage], 4) for stage in STAGES}
         epoch = (step - 1) // self.steps
         numbers = {"epoch": epoch, "loss": loss, "lr": rate, **speed, **diagnostics}
         self.metrics.write({"step": step} | numbers)

@@ -21,6 +21,7 @@ from isd_ray.errors import UserError
 from isd_ray.train.folder import RunFolder, load_checkpoint, save_checkpoint
 from isd_ray.train.log import Log
 from isd_ray.train.optim import learning_rates, set_rate, teacher_momenta
+from isd_ray.train.parts import Clock
 from isd_ray.train.state import State, Worker, build_state, step_seed
 
 
@@ -64,25 +65,39 @@ def run_epochs(config: Config, folder: RunFolder, worker: Worker, stream: Stream
     rates = learning_rates(config.train, stream.steps)
     momenta = teacher_momenta(config.method.momentum, config.method.momentum_schedule, total)
     model = distribute(state, config, worker)
-    log = Log(config, folder, worker, stream.steps, state.step)
+    clock = Clock(worker.device)
+    clock.watch_queue(state.bank if state.queue is None else state.queue)
+    if worker.world > 1:
+        clock.watch_gradients(state.method.encoders()["student"])
+    log = Log(config, folder, worker, stream, state.step, clock)
     while state.step < total:
         epoch, start = divmod(state.step, stream.steps)
         if start == 0:
             state.method.begin_epoch(epoch)
-        for batch in log.waiting(stream.epoch(epoch, start=start)):
+            clock.mark("queue")  # clusters of what is remembered, where the method has any
+        for batch in stream.epoch(epoch, start=start):
+            clock.mark("wait")
             rate, due = float(rates[state.step]), log.due(state.step + 1)
             set_rate(state.optimizer, rate, config.train.lr)
             state.method.update_teacher(float(momenta[state.step]))
-            loss, diagnostics = train_step(model, state, batch, config, worker, diagnose=due)
+            clock.mark("update")
+            loss, diagnostics = train_step(model, state, batch, config, worker, clock, diagnose=due)
             log.add(loss)
             if due and (log.reduce(state.step, rate, diagnostics) or state.step == total):
                 save(config, folder, worker, state)
                 log.was_saved()
+            clock.mark("log")
     log.close()
 
 
 def train_step(
-    model: nn.Module, state: State, batch: Batch, config: Config, worker: Worker, diagnose: bool
+    model: nn.Module,
+    state: State,
+    batch: Batch,
+    config: Config,
+    worker: Worker,
+    clock: Clock,
+    diagnose: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One optimiser step on this rank's columns of the global batch.
 
@@ -94,6 +109,7 @@ def train_step(
     data = config.data
     views = make_views(batch, config.method.views, data.image_size, data.mean, data.std, worker.device)
     views = [view.contiguous(memory_format=torch.channels_last) for view in views]
+    clock.mark("views")
     index, label = batch.index.to(worker.device), batch.label.to(worker.device)
     loss, diagnostics = torch.zeros((), device=worker.device), {}
     parts = torch.arange(len(index)).tensor_split(config.train.accumulate)  # equally many on every rank
@@ -102,12 +118,15 @@ def train_step(
         share = len(index[rows]) / config.train.batch_size
         with nullcontext() if last else no_sync(model), autocast(config, worker.device):
             output = model([view[rows] for view in views], index[rows], label[rows], diagnose and last)
+            clock.mark("forward")
             (output.loss * (share * worker.world)).backward()
+        clock.mark("communicate" if last and worker.world > 1 else "backward")
         loss += output.loss.detach() * share
         diagnostics = output.diagnostics
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
+    clock.mark("update")
     return loss, diagnostics
 
 

@@ -26,6 +26,7 @@ from isd_ray.train.cost import cost
 from isd_ray.train.evaluation import evaluate_run
 from isd_ray.train.folder import RunFolder, checkpoint_names, load_checkpoint
 from isd_ray.train.loop import train
+from isd_ray.train.parts import run_shares, run_stages, sentence
 from isd_ray.train.state import build_state
 from isd_ray.train.teacher import load_teacher
 
@@ -176,8 +177,9 @@ def export(config: Config, folder: RunFolder) -> None:
 
 def summary(config: Config, folder: RunFolder, seconds: dict[str, float]) -> dict[str, Any]:
     """Return what is known of a run without evaluating it."""
-    lines = folder.read("metrics.jsonl").decode().splitlines()
-    rates = sorted(json.loads(line)["images_per_second"] for line in lines)
+    lines = [json.loads(line) for line in folder.read("metrics.jsonl").decode().splitlines()]
+    rates = sorted(line["images_per_second"] for line in lines)
+    parts, stages = run_shares(lines), run_stages(lines)
     names = ("torch", "torchvision", "ray", "pyarrow", "numpy", "timm")
     return {
         "name": folder.uri.rsplit("/", 1)[-1],
@@ -185,6 +187,8 @@ def summary(config: Config, folder: RunFolder, seconds: dict[str, float]) -> dic
         "seconds": seconds,
         "images_per_second": round(rates[len(rates) // 2], 1),
         "cost": cost(config),
+        "time_shares": {part: round(share, 4) for part, share in parts.items()},
+        "time_note": sentence(parts, stages),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in names},
         "config": config.model_dump(),
     }
@@ -225,6 +229,8 @@ def print_result(result: dict[str, Any]) -> None:
     say(f"{result['images_per_second']:.0f} images/s; {seconds}")
     passes = "{student_forward:g} forward + {teacher_forward:g} of the teacher, {backward:g} backward, {gflop:g} GFLOP"
     say(f"an image a step: {passes.format(**result['cost'])}")
+    if result.get("time_note"):
+        say(result["time_note"])
     say(f"results: {result['folder']}/result.json")
 
 

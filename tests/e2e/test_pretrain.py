@@ -14,6 +14,7 @@ from isd_ray.data.index import read_index
 from isd_ray.errors import UserError
 from isd_ray.models.backbones import build_backbone
 from isd_ray.train.folder import RunFolder, load_checkpoint
+from isd_ray.train.parts import PARTS
 from isd_ray.train.trainer import evaluate
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -58,6 +59,11 @@ def test_a_run_leaves_everything_and_continues_to_nothing(tiny_options, capsys):
     assert {"loss", "lr", "images_per_second", "wait_share", "teacher_entropy", "purity", "own_mass"} <= set(
         rows[-1]
     )
+    for row in rows:
+        assert sum(row[f"{part}_share"] for part in PARTS) == pytest.approx(1, abs=0.01)
+    assert result["time_shares"]["forward"] > 0
+    assert result["time_shares"]["queue"] > 0
+    assert "of the training time went to" in result["time_note"]
     backbone = build_backbone("resnet8", stem="stride2")
     interop.load_backbone(backbone, f"{folder.path}/backbone.safetensors")
     saved = checkpoint(tiny_options)["method"]

@@ -8,7 +8,7 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from isd_ray.data import colour
+from isd_ray.data import augment, colour
 from isd_ray.data import views as v
 from isd_ray.data.augment import VIEWS, View, center_view, crop, draws, make_views, photometric
 from isd_ray.data.stream import Batch
@@ -220,3 +220,29 @@ def test_draws_next_to_each_other_are_independent(other):
         counts = np.histogram2d(x, y, 16, [[0, 1], [0, 1]])[0]
         expected = len(position) / 256
         assert ((counts - expected) ** 2 / expected).sum() < 255 + 6 * 22.6
+
+
+def test_blur_by_taps_equals_blur_by_matrices(images):
+    height, width = images.shape[-2:]
+    sigma = torch.linspace(0.1, 2.0, len(images))
+    rows, columns = (colour.blur_matrices(sigma, size, 6) for size in (height, width))
+    expected = colour.separable(images, rows, columns)
+    assert torch.allclose(colour.blur(images, sigma, 2.0), expected, atol=1e-6)
+
+
+def test_a_batch_larger_than_the_cache_gets_the_same_colours(images, monkeypatch):
+    view, u = replace(VIEWS["strong"], blur_from=0), v.view_draws(0, 0, np.arange(len(images)), 1)[0]
+    whole = augment._coloured(images.clone(), view, u, ZERO, ONE)
+    monkeypatch.setattr(colour, "CACHE_BYTES", 1)
+    assert torch.allclose(augment._coloured(images.clone(), view, u, ZERO, ONE), whole, atol=1e-6)
+
+
+def test_one_crop_box_equals_its_row_of_many():
+    sizes = np.random.default_rng(0).integers(1, 900, (2000, 2))
+    sizes[:300, 0] = sizes[:300, 1] * 20  # so long that often no try fits
+    u = v.view_draws(0, 0, np.arange(2000), 1)[0]
+    for view in (VIEWS["strong"], VIEWS["swav_small"]):
+        share, ratio = v.crop_tries(view, u)
+        top_left = u[:, [v.TOP, v.LEFT]].tolist()
+        found = [v.crop_box(share[i], ratio[i], *top_left[i], *size) for i, size in enumerate(sizes.tolist())]
+        assert found == [tuple(box) for box in v.crop_boxes(view, u, *sizes.T).tolist()]

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import tarfile
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ from PIL import Image
 from isd_ray.data import blocks
 from isd_ray.data import stream as module
 from isd_ray.data.augment import center_view, make_views
+from isd_ray.data.blocks import cut_batches
 from isd_ray.data.plan import plan, shard_codes
 from isd_ray.data.stream import Stream, ordered
 from isd_ray.errors import UserError
@@ -235,3 +237,18 @@ def test_ordered_gives_the_set_in_index_order(small, mixed):
     raw = torch.from_numpy(np.array(picture(8, (21, 27)))).permute(2, 0, 1)[None]
     expected = center_view(raw, 70, [0] * 3, [1] * 3)
     assert (batch.image[8] / 255 - expected).abs().max() < 1.01 / 255
+
+
+@pytest.mark.parametrize("lengths", [[8, 4, 3], [4, 4], [5, 2, 6, 1], [3], [], [1] * 9])
+def test_blocks_of_any_length_become_batches_in_order(lengths):
+    edges = np.cumsum([0, *lengths]).tolist()
+    pieces = [{"row": np.arange(a, b), "x": np.arange(a, b) * 2.0} for a, b in pairwise(edges)]
+    found = list(cut_batches(pieces, 4))
+    assert [len(batch["row"]) for batch in found] == [4] * (edges[-1] // 4) + [edges[-1] % 4] * (
+        edges[-1] % 4 > 0
+    )
+    for name, scale in (("row", 1), ("x", 2)):
+        together = [value for batch in found for value in batch[name].tolist()]
+        assert together == [scale * i for i in range(edges[-1])]
+    if len(lengths) and all(n % 4 == 0 for n in lengths):
+        assert all(any(np.shares_memory(b["x"], block["x"]) for block in pieces) for b in found)
