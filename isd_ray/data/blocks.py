@@ -14,7 +14,7 @@ from pyarrow import fs
 from isd_ray.data import index as index_table
 from isd_ray.data.files import open_filesystem
 from isd_ray.data.read import Shape, read_rows
-from isd_ray.errors import UserError
+from isd_ray.errors import UserError, printable
 
 Block = dict[str, np.ndarray]
 
@@ -129,4 +129,4 @@ class BadImages:
     def first(self) -> str:
         """Name the first broken image and its fault."""
         entry = self.entries[0]
-        return f"{entry['key']} in {entry['shard']} ({entry['reason']})"
+        return printable(f"{entry['key']} in {entry['shard']} ({entry['reason']})")

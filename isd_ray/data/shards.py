@@ -18,16 +18,24 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-from PIL import Image
 from webdataset.writer import TarWriter
 
-from isd_ray.data import files, index
+from isd_ray.data import files, index, scan
+from isd_ray.data.decode import open_header
 from isd_ray.data.parallel import run_tasks
 from isd_ray.data.sources import Source, open_source
 from isd_ray.errors import UserError
 
 MANIFEST = "make_shards.json"
-_EXTENSION = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "PPM": "ppm", "TIFF": "tif"}
+_EXTENSION = {
+    "JPEG": "jpg",
+    "MPO": "jpg",
+    "PNG": "png",
+    "WEBP": "webp",
+    "BMP": "bmp",
+    "PPM": "ppm",
+    "TIFF": "tif",
+}
 _UNSAFE = re.compile(r"[^\w\-+=@~]", re.ASCII)
 _IN_PROCESS = 20_000  # samples; below this, starting Ray takes longer than the work
 
@@ -140,7 +148,7 @@ def unique_keys(names: Sequence[str]) -> list[str]:
 
 def _safe(name: str) -> str:
     stem, extension = posixpath.splitext(name)
-    stem = stem if extension.lower()[1:] in (*index.IMAGE_EXTENSIONS, "tiff") else name
+    stem = stem if extension.lower()[1:] in (*scan.IMAGE_EXTENSIONS, "tiff") else name
     parts = [p for p in stem.split("/") if p not in ("", ".", "..")]
     # names that begin with two underscores are WebDataset's own
     return "/".join(re.sub("^_+", "_", _UNSAFE.sub("_", p)) for p in parts) or "_"
@@ -248,7 +256,7 @@ def image_extension(content: bytes) -> str | None:
     image.
     """
     try:
-        with Image.open(io.BytesIO(content), formats=index.IMAGE_FORMATS) as picture:
+        with open_header(io.BytesIO(content), scan.IMAGE_FORMATS) as picture:
             return _EXTENSION[picture.format or ""]
-    except (OSError, ValueError, KeyError, Image.DecompressionBombError):
+    except Exception:  # Pillow raises nearly anything on hostile bytes
         return None

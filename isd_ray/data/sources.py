@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from isd_ray.data import index
+from isd_ray.data import index, scan
 from isd_ray.data.files import (
     AbsentError,
     absolute,
@@ -33,7 +33,7 @@ from isd_ray.data.files import (
 from isd_ray.errors import UserError, nearest
 
 KINDS = ("folder", "parquet", "tars", "torchvision", "sklearn", "embedded")
-EXTENSIONS = tuple(f".{e}" for e in (*index.IMAGE_EXTENSIONS, "tiff"))
+EXTENSIONS = tuple(f".{e}" for e in (*scan.IMAGE_EXTENSIONS, "tiff"))
 UNLABELLED = "none"
 _ROWS_AT_ONCE = 64
 
