@@ -66,7 +66,10 @@ class Blocks:
             return
         refs = {"table": self._table_ref, "rows": ray.put(rows), "position": ray.put(position)}
         dataset = _dataset(work, refs, ranges, world)
-        yield from dataset.iter_batches(batch_size=batch, batch_format="numpy", prefetch_batches=AHEAD)
+        try:
+            yield from dataset.iter_batches(batch_size=batch, batch_format="numpy", prefetch_batches=AHEAD)
+        except ray.exceptions.RayTaskError as error:
+            raise _user_error(error) or error from None
 
 
 def _dataset(work: Any, refs: dict[str, Any], ranges: list[tuple[int, int]], world: int) -> ray.data.Dataset:
@@ -89,6 +92,17 @@ def _dataset(work: Any, refs: dict[str, Any], ranges: list[tuple[int, int]], wor
                 compute=ray.data.TaskPoolStrategy(size=tasks),
                 max_retries=TASK_RETRIES,
             )
+
+
+def _user_error(error: BaseException | None) -> UserError | None:
+    """Return the UserError that a task raised, from under what Ray wraps around it and without the lines it adds."""
+    while error is not None and not isinstance(error, UserError | ray.exceptions.RayError):
+        error = error.__cause__
+    if isinstance(
+        error, ray.exceptions.RayError
+    ):  # first: Ray's class for a task's error is of the error's class too
+        return _user_error(getattr(error, "cause", None))
+    return None if error is None else UserError(str(error).partition("\n")[0])
 
 
 def _fetch_and_read(item: Block, work: Any, refs: dict[str, Any]) -> Iterator[Block]:

@@ -17,9 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from isd_ray.data.files import absolute, list_files, open_filesystem, write_whole
+from isd_ray.data.files import absolute, has_suffix, join, list_files, open_filesystem, parent, write_whole
 from isd_ray.data.parallel import run_tasks
 from isd_ray.data.scan import SCHEMA, index_shard
+from isd_ray.data.store import retry
 from isd_ray.errors import UserError, printable
 
 FORMAT = 1
@@ -82,10 +83,10 @@ def read_index(uri: str) -> pa.Table:
         UserError: there is no index, or the file is not one.
     """
     uri = absolute(uri)
-    path = uri if uri.endswith(".parquet") else f"{uri}/{FILE_NAME}"
+    path = uri if has_suffix(uri, ".parquet") else join(uri, FILE_NAME)
     filesystem, inner = open_filesystem(path)
     try:
-        table = pq.read_table(inner, filesystem=filesystem)
+        table = retry(lambda: pq.read_table(inner, filesystem=filesystem), filesystem, path)
         meta = _metadata(table)
         if meta["format"] != FORMAT:
             raise UserError(
@@ -101,7 +102,7 @@ def read_index(uri: str) -> pa.Table:
             f"'{path}' is not a readable index: {(str(error).splitlines() or [''])[0]}"
         ) from error
     _check_index(table, names, path)
-    return with_metadata(table, posixpath.dirname(path), names)
+    return with_metadata(table, parent(path), names)
 
 
 def _check_index(table: pa.Table, names: Sequence[str], path: str) -> None:
@@ -128,7 +129,7 @@ def write_index(table: pa.Table, uri: str) -> None:
     """Write `table` as `index.parquet` into the folder `uri` (or to the `.parquet` file `uri`), all or
     nothing.
     """
-    path = uri if uri.endswith(".parquet") else f"{absolute(uri)}/{FILE_NAME}"
+    path = uri if has_suffix(uri, ".parquet") else join(absolute(uri), FILE_NAME)
     write_whole(path, lambda local: pq.write_table(table, local))
 
 

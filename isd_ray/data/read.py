@@ -16,6 +16,7 @@ from pyarrow import fs
 
 from isd_ray.data import views as v
 from isd_ray.data.decode import MAX_BYTES, BrokenImage, decode, pixels
+from isd_ray.data.store import StoredFile
 from isd_ray.data.views import View
 
 GAP = (
@@ -118,7 +119,8 @@ def _crop(picture: Image.Image, view: View, u: np.ndarray, side: int) -> np.ndar
 def read_bytes(filesystem: fs.FileSystem, folder: str, table: pa.Table) -> list[bytes | BrokenImage]:
     """Return the bytes of every row's image, neighbours in a shard read together.
 
-    A shard or a range that is not there gives a BrokenImage instead of bytes.
+    A shard or a range that is not there gives a BrokenImage instead of bytes. Raises StoreError where a remote store
+    does not answer.
     """
     names, shard = np.unique(np.array(table.column("shard").to_pylist()), return_inverse=True)
     offset, size = (table.column(name).to_numpy() for name in ("offset", "size"))
@@ -147,7 +149,7 @@ def _read_shard(
     valid = np.flatnonzero((offset >= HEADER) & (offset < 2**62) & (size > 0) & (size <= MAX_BYTES))
     far = offset[valid][1:] - (offset + size)[valid][:-1] > GAP
     try:
-        with filesystem.open_input_file(path) as file:
+        with StoredFile(filesystem, path) as file:
             for run in np.split(valid, np.flatnonzero(far) + 1):
                 for i, part in zip(run, _read_run(file, offset[run], size[run]), strict=True):
                     parts[i] = part
@@ -158,12 +160,12 @@ def _read_shard(
     return parts
 
 
-def _read_run(file: pa.NativeFile, offset: np.ndarray, size: np.ndarray) -> list[bytes | BrokenImage]:
+def _read_run(file: StoredFile, offset: np.ndarray, size: np.ndarray) -> list[bytes | BrokenImage]:
     """Return the bytes of near ranges out of one read; the file may end before they do."""
     if not len(offset):
         return []
-    start, stop = int(offset[0]) - HEADER, min(int((offset + size).max()), file.size())
-    data = file.read_at(stop - start, start) if start < stop else b""
+    start, stop = int(offset[0]) - HEADER, int((offset + size).max())
+    data = file.read_at(stop - start, start)
     return [
         _cut(data, at, length) for at, length in zip((offset - start).tolist(), size.tolist(), strict=True)
     ]

@@ -17,6 +17,7 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from isd_ray.data.decode import MAX_BYTES, describe, open_header, orientation
+from isd_ray.data.store import StoredFile, StoreError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif")
 # Only decoders of these plain raster formats are tried on foreign bytes.
@@ -57,9 +58,8 @@ def index_shard(filesystem: pafs.FileSystem, path: str) -> tuple[pa.Table, list[
     samples = _Samples(posixpath.basename(path))
     broken = None
     try:
-        length = filesystem.get_file_info(path).size or 0
-        with filesystem.open_input_file(path) as raw:
-            scan = _Scan(io.BufferedReader(raw, _BUFFER), length)
+        with StoredFile(filesystem, path) as raw:
+            scan = _Scan(io.BufferedReader(raw, _BUFFER), raw.length)
             for group in scan.groups():
                 samples.add(group, scan)
             broken = scan.end_problem()
@@ -109,6 +109,8 @@ class _Samples:
             )
         try:
             self._join(group, scan.image(group.members), scan.label(group.members))
+        except StoreError:
+            raise
         except Exception as error:  # so do the parsers of images and labels
             self.lost.add(group.key)
             self.rows.pop(group.key, None)
@@ -206,7 +208,7 @@ class _Scan:
                 if info.offset_data + info.size > self.length and not info.issparse():
                     return
                 yield info
-        except OSError:  # not the tar's fault
+        except (OSError, StoreError):  # not the tar's fault
             raise
         except Exception as error:  # tarfile raises nearly anything on hostile bytes
             self.damage = str(error) if isinstance(error, tarfile.TarError) else describe(error)

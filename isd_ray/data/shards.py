@@ -70,7 +70,7 @@ def make_shards(
     """
     if shard_size < 1:
         raise UserError(f"--shard-size {shard_size}: a shard holds at least 1 sample")
-    folder, name = f"{files.absolute(out)}/{split}", name or split
+    folder, name = files.join(files.absolute(out), split), name or split
     if not re.fullmatch(r"[\w\-]+", name) or not re.fullmatch(r"[\w\-]+", split):
         raise UserError(f"name '{name}' and split '{split}' may hold letters, digits, '-' and '_' only")
     opened = open_source(source, split=split, **options)
@@ -95,7 +95,7 @@ def make_shards(
 
 def _tasks(source: Source, keys: list[str], folder: str, name: str, size: int) -> list[tuple]:
     return [
-        (source.slice(i, i + size), keys[i : i + size], f"{folder}/{name}-{i // size:06d}.tar")
+        (source.slice(i, i + size), keys[i : i + size], files.join(folder, f"{name}-{i // size:06d}.tar"))
         for i in range(0, len(keys), size)
     ]
 
@@ -126,7 +126,7 @@ def write_bad(bad: Sequence[dict], folder: str) -> None:
     """
     if bad:
         lines = "".join(json.dumps(b) + "\n" for b in bad)
-        files.write_text(f"{folder}/bad_samples.jsonl", lines)
+        files.write_text(files.join(folder, "bad_samples.jsonl"), lines)
 
 
 def unique_keys(names: Sequence[str]) -> list[str]:
@@ -178,7 +178,7 @@ def _description(
 
 
 def _claim(folder: str, description: dict) -> None:
-    place = f"{folder}/{MANIFEST}"
+    place = files.join(folder, MANIFEST)
     if files.exists(place):
         there = json.loads(files.read_bytes(place))
         differing = [k for k in description if there.get(k) != description[k]]
@@ -213,7 +213,9 @@ def _make_one(source: Source, keys: list[str], uri: str) -> tuple[pa.Table, list
     if kept is not None:
         return kept, []
     result: list[tuple[pa.Table, list[dict]]] = []
-    files.write_whole(uri, lambda path: result.append(_write(source, keys, path, posixpath.basename(uri))))
+    files.write_whole(
+        uri, lambda path: result.append(_write(source, keys, path, posixpath.basename(files.path_of(uri))))
+    )
     return result[0]
 
 
