@@ -1,9 +1,11 @@
 """Rows of the index as decoded blocks, in order, through Ray Data: the one place where the data room touches Ray."""
 
 import logging
+import uuid
 import warnings
 from collections.abc import Iterator
 from functools import cached_property, partial
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,9 @@ class Blocks:
     def __init__(self, table: pa.Table):
         self.table = table
         self.filesystem, self.folder = open_filesystem(index_table.root(table))
+        # Ray Data keeps metrics, a log file and a logger for every name that a dataset ever had, and names one anew with
+        # every epoch: about a MiB an epoch. Two names take turns, since an epoch that is left early may not have ended.
+        self._names = cycle([f"isd_ray_{uuid.uuid4().hex[:12]}_{turn}" for turn in range(2)])
 
     @cached_property
     def _table_ref(self) -> ray.ObjectRef:
@@ -66,6 +71,8 @@ class Blocks:
             return
         refs = {"table": self._table_ref, "rows": ray.put(rows), "position": ray.put(position)}
         dataset = _dataset(work, refs, ranges, world)
+        name = next(self._names)
+        dataset.get_dataset_id = lambda: name
         try:
             yield from dataset.iter_batches(batch_size=batch, batch_format="numpy", prefetch_batches=AHEAD)
         except ray.exceptions.RayTaskError as error:
