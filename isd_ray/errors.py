@@ -12,3 +12,8 @@ def nearest(name: str, options: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the closest option, or "" when none is close."""
     matches = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
     return f" Did you mean '{matches[0]}'?" if matches else ""
+
+
+def printable(text: str) -> str:
+    """Return `text`, which may come from a hostile file, as one line: what is unprintable is escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -2,9 +2,11 @@
 
 import logging
 import math
+import uuid
 import warnings
 from collections.abc import Iterable, Iterator
 from functools import cached_property, partial
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from pyarrow import fs
 from isd_ray.data import index as index_table
 from isd_ray.data.files import open_filesystem
 from isd_ray.data.read import Shape, read_rows
-from isd_ray.errors import UserError
+from isd_ray.errors import UserError, printable
 
 Block = dict[str, np.ndarray]
 
@@ -35,6 +37,9 @@ class Blocks:
     def __init__(self, table: pa.Table):
         self.table = table
         self.filesystem, self.folder = open_filesystem(index_table.root(table))
+        # Ray Data keeps metrics, a log file and a logger for every name that a dataset ever had, and names one anew
+        # with every epoch: about a MiB an epoch. Two take turns, since an epoch that is left early may not have ended.
+        self._names = cycle([f"isd_ray_{uuid.uuid4().hex[:12]}_{turn}" for turn in range(2)])
 
     @property
     def is_local(self) -> bool:
@@ -73,8 +78,13 @@ class Blocks:
             return
         refs = {"table": self._table_ref, "rows": ray.put(rows), "position": ray.put(position)}
         dataset = _dataset(work, refs, ranges, world, block_batches(batch, shape) * batch * row_bytes(shape))
-        blocks = dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=AHEAD)
-        yield from cut_batches(blocks, batch)
+        name = next(self._names)
+        setattr(dataset, "get_dataset_id", lambda: name)  # noqa: B010, a method of Ray's class
+        try:
+            blocks = dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=AHEAD)
+            yield from cut_batches(blocks, batch)
+        except ray.exceptions.RayTaskError as error:
+            raise _user_error(error) or error from None
 
 
 def row_bytes(shape: Shape) -> int:
@@ -137,6 +147,17 @@ def _dataset(
             )
 
 
+def _user_error(error: BaseException | None) -> UserError | None:
+    """Return the UserError that a task raised, from under what Ray wraps around it and without the lines it adds."""
+    while error is not None and not isinstance(error, UserError | ray.exceptions.RayError):
+        error = error.__cause__
+    if isinstance(
+        error, ray.exceptions.RayError
+    ):  # first: Ray's class for a task's error is of the error's class too
+        return _user_error(getattr(error, "cause", None))
+    return None if error is None else UserError(str(error).partition("\n")[0])
+
+
 def _fetch_and_read(item: Block, work: Any, refs: dict[str, Any]) -> Iterator[Block]:
     yield from work(item, **{name: ray.get(ref) for name, ref in refs.items()})
 
@@ -175,4 +196,4 @@ class BadImages:
     def first(self) -> str:
         """Name the first broken image and its fault."""
         entry = self.entries[0]
-        return f"{entry['key']} in {entry['shard']} ({entry['reason']})"
+        return printable(f"{entry['key']} in {entry['shard']} ({entry['reason']})")

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import isd_ray
 from isd_ray.data import index
-from isd_ray.data.files import DATASETS, AbsentError, absolute, exists
+from isd_ray.data.files import DATASETS, AbsentError, absolute, exists, join
 from isd_ray.data.imbalance import subset
 from isd_ray.data.shards import make_shards
 from isd_ray.errors import UserError, nearest
@@ -170,7 +170,7 @@ def default_cache() -> str:
 
 def _from_shards(uri: str) -> dict[str, pa.Table]:
     uri = absolute(uri)
-    found = {s: index.read_index(f"{uri}/{s}") for s in SPLITS if exists(f"{uri}/{s}/{index.FILE_NAME}")}
+    found = {s: index.read_index(join(uri, s)) for s in SPLITS if exists(join(uri, s, index.FILE_NAME))}
     if not found:
         found["train"] = index.read_index(uri)
     if "train" not in found:

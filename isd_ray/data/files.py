@@ -1,7 +1,8 @@
 """Files lie on disks and in buckets: one small set of verbs over `pyarrow.fs` serves both.
 
-A URI is anything `pyarrow.fs` understands (`s3://`, `gs://`, `hdfs://`, `file://`) or a local path. Files
-appear under their final name only when they are whole.
+A URI is anything `pyarrow.fs` understands (`s3://`, `gs://`, `hdfs://`, `file://`), with its parameters
+(`s3://bucket/set?endpoint_override=HOST:PORT&scheme=http`), or a local path. Files appear under their final
+name only when they are whole.
 """
 
 import fnmatch
@@ -13,12 +14,15 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from isd_ray.errors import UserError
+from isd_ray.data.store import retry, without_keys
+from isd_ray.errors import UserError, printable
 
+T = TypeVar("T")
 DATASETS = Path(__file__).parents[2] / "datasets"
 
 
@@ -30,8 +34,30 @@ def absolute(uri: str | os.PathLike[str]) -> str:
     """Return `uri` with a local path made absolute and without a slash at its end."""
     text = os.fspath(uri)
     if "://" not in text:
-        text = os.path.abspath(os.path.expanduser(text))
-    return text.rstrip("/") or "/"
+        return os.path.abspath(os.path.expanduser(text))
+    return join(text)
+
+
+def join(uri: str, *names: str) -> str:
+    """Return the URI or path of `names` under the folder `uri`; parameters of a URI stay at its end."""
+    place, mark, parameters = uri.partition("?") if "://" in uri else (uri, "", "")
+    return "/".join([place.rstrip("/"), *names]) + mark + parameters or "/"
+
+
+def parent(uri: str) -> str:
+    """Return the folder of a file."""
+    place, mark, parameters = uri.partition("?") if "://" in uri else (uri, "", "")
+    return (posixpath.dirname(place) or "/") + mark + parameters
+
+
+def path_of(uri: str) -> str:
+    """Return `uri` without its parameters."""
+    return uri.partition("?")[0] if "://" in uri else uri
+
+
+def has_suffix(uri: str, suffix: str) -> bool:
+    """Does the path of `uri` end in `suffix`?"""
+    return path_of(uri).endswith(suffix)
 
 
 def open_filesystem(uri: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
@@ -43,7 +69,25 @@ def open_filesystem(uri: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
     try:
         return pafs.FileSystem.from_uri(absolute(uri))
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"cannot open '{uri}': {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"cannot open '{without_keys(os.fspath(uri))}': {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _ask(call: Callable[[], T], filesystem: pafs.FileSystem, uri: str) -> T:
+    """Return `call()` as `retry` does; what stays wrong is a UserError, but for a missing file."""
+    try:
+        return retry(call, filesystem, uri)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot read '{without_keys(uri)}': {printable(str(error))[:300]}") from error
+
+
+def info(uri: str) -> pafs.FileInfo:
+    """Return what lies at `uri`: its type, size and time."""
+    filesystem, path = open_filesystem(uri)
+    return _ask(lambda: filesystem.get_file_info(path), filesystem, uri)
 
 
 def list_files(uri: str, extensions: Iterable[str], recursive: bool = False) -> list[str]:
@@ -55,9 +99,10 @@ def list_files(uri: str, extensions: Iterable[str], recursive: bool = False) -> 
         AbsentError: `uri` is not a folder.
     """
     filesystem, folder = open_filesystem(uri)
-    if filesystem.get_file_info(folder).type != pafs.FileType.Directory:
+    if info(uri).type != pafs.FileType.Directory:
         raise AbsentError(f"no folder at '{uri}': check the path")
-    infos = filesystem.get_file_info(pafs.FileSelector(folder, recursive=recursive))
+    selector = pafs.FileSelector(folder, recursive=recursive)
+    infos = _ask(lambda: filesystem.get_file_info(selector), filesystem, uri)
     endings = tuple(extensions)
     names = (posixpath.relpath(i.path, folder) for i in infos if i.type == pafs.FileType.File)
     return sorted(n for n in names if n.lower().endswith(endings) and not _hidden(n))
@@ -75,12 +120,12 @@ def expand(uri: str, extension: str) -> list[str]:
         AbsentError: nothing is there.
     """
     uri = absolute(uri)
-    folder, _, pattern = uri.rpartition("/")
+    folder, pattern = parent(uri), posixpath.basename(path_of(uri))
     if any(c in pattern for c in "*?["):
-        names = [n for n in list_files(folder or "/", [extension]) if fnmatch.fnmatch(n, pattern)]
-        found = [f"{folder}/{n}" for n in names]
+        names = [n for n in list_files(folder, [extension]) if fnmatch.fnmatch(n, pattern)]
+        found = [join(folder, n) for n in names]
     elif is_folder(uri):
-        found = [f"{uri}/{n}" for n in list_files(uri, [extension])]
+        found = [join(uri, n) for n in list_files(uri, [extension])]
     else:
         found = [uri] if exists(uri) else []
     if not found:
@@ -90,14 +135,12 @@ def expand(uri: str, extension: str) -> list[str]:
 
 def exists(uri: str) -> bool:
     """Is there a file or folder at `uri`?"""
-    filesystem, path = open_filesystem(uri)
-    return filesystem.get_file_info(path).type != pafs.FileType.NotFound
+    return info(uri).type != pafs.FileType.NotFound
 
 
 def is_folder(uri: str) -> bool:
     """Is there a folder at `uri`?"""
-    filesystem, path = open_filesystem(uri)
-    return filesystem.get_file_info(path).type == pafs.FileType.Directory
+    return info(uri).type == pafs.FileType.Directory
 
 
 def write_text(uri: str, text: str) -> None:
@@ -112,9 +155,13 @@ def write_text(uri: str, text: str) -> None:
 def read_bytes(uri: str) -> bytes:
     """Return the content of the file at `uri`; raises AbsentError where there is none."""
     filesystem, path = open_filesystem(uri)
-    try:
-        with filesystem.open_input_stream(path) as stream:
+
+    def read() -> bytes:
+        with filesystem.open_input_stream(path, compression=None) as stream:
             return stream.read()
+
+    try:
+        return _ask(read, filesystem, uri)
     except FileNotFoundError:
         raise AbsentError(f"no file at '{uri}'") from None
 
@@ -128,12 +175,12 @@ def write_whole(uri: str, write: Callable[[str], None]) -> None:
     filesystem, path = open_filesystem(uri)
     folder, name = posixpath.split(path)
     part = posixpath.join(folder, f".{name}.{uuid.uuid4().hex[:8]}.part")
-    filesystem.create_dir(folder, recursive=True)
+    retry(lambda: filesystem.create_dir(folder, recursive=True), filesystem, uri)
     if isinstance(filesystem, pafs.LocalFileSystem):
         _fill(part, write)
     else:
         _upload(filesystem, part, write)
-    filesystem.move(part, path)
+    retry(lambda: filesystem.move(part, path), filesystem, uri)
 
 
 def _fill(path: str, write: Callable[[str], None]) -> None:
@@ -148,8 +195,12 @@ def _upload(filesystem: pafs.FileSystem, part: str, write: Callable[[str], None]
     with tempfile.TemporaryDirectory(prefix="isd_ray_") as folder:
         local = os.path.join(folder, "part")
         write(local)
-        with open(local, "rb") as source, filesystem.open_output_stream(part) as target:
-            shutil.copyfileobj(source, target, 1 << 20)
+
+        def copy() -> None:
+            with open(local, "rb") as source, filesystem.open_output_stream(part) as target:
+                shutil.copyfileobj(source, target, 1 << 20)
+
+        retry(copy, filesystem, part)
 
 
 def remove_stale_parts(uri: str, older_than: float = 3600.0) -> None:

@@ -7,45 +7,32 @@ Columns: `shard` (file name relative to the root), `key`, `offset` and `size` (b
     of WebDataset tars alone.
 """
 
-import io
 import json
 import posixpath
-import re
-import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-from PIL import ExifTags, Image
-from pyarrow import fs as pafs
 
-from isd_ray.data.files import absolute, list_files, open_filesystem, write_whole
+from isd_ray.data.files import absolute, has_suffix, join, list_files, open_filesystem, parent, write_whole
 from isd_ray.data.parallel import run_tasks
-from isd_ray.errors import UserError
+from isd_ray.data.scan import SCHEMA, index_shard
+from isd_ray.data.store import retry
+from isd_ray.errors import UserError, printable
 
 FORMAT = 1
 FILE_NAME = "index.parquet"
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif")
-# Only decoders of these plain raster formats are tried on foreign bytes.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
-SCHEMA = pa.schema(
-    [
-        ("shard", pa.string()),
-        ("key", pa.string()),
-        ("offset", pa.int64()),
-        ("size", pa.int64()),
-        ("label", pa.int32()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-    ]
-)
-_BUFFER = 1 << 17  # bytes fetched at once: a few small samples, or the head of a large one
+COMPRESSED = (
+    ".tar.gz",
+    ".tgz",
+    ".tar.bz2",
+    ".tar.xz",
+    ".tar.zst",
+)  # images in them have no place to be read at
 _IN_PROCESS = 16  # shards; below this, starting Ray takes longer than the work
-_LABEL_LIMIT = 1 << 20  # bytes; a label member beyond this is not a label
-_META = re.compile(r"(^|/)__[^/]*__($|/)")  # members that WebDataset keeps for itself
 
 
 # -- the table -----------------------------------------------------------------------------------------------
@@ -96,29 +83,53 @@ def read_index(uri: str) -> pa.Table:
         UserError: there is no index, or the file is not one.
     """
     uri = absolute(uri)
-    path = uri if uri.endswith(".parquet") else f"{uri}/{FILE_NAME}"
+    path = uri if has_suffix(uri, ".parquet") else join(uri, FILE_NAME)
     filesystem, inner = open_filesystem(path)
     try:
-        table = pq.read_table(inner, filesystem=filesystem)
+        table = retry(lambda: pq.read_table(inner, filesystem=filesystem), filesystem, path)
+        meta = _metadata(table)
+        if meta["format"] != FORMAT:
+            raise UserError(
+                f"'{path}' has index format {meta['format']}, this version reads {FORMAT}: make it again"
+            )
+        names, table = list(meta["classes"]), table.select(SCHEMA.names).cast(SCHEMA)
     except FileNotFoundError:
         raise UserError(
             f"no index at '{path}': make one with `python jobs/make_shards.py --index-only {uri}`"
         ) from None
-    except pa.ArrowException as error:
-        raise UserError(f"'{path}' is not a readable index: {str(error).splitlines()[0]}") from error
-    meta = _metadata(table)
-    if meta["format"] != FORMAT or not set(SCHEMA.names) <= set(table.column_names):
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
         raise UserError(
-            f"'{path}' has index format {meta['format']}, this version reads {FORMAT}: make it again"
-        )
-    return with_metadata(table.select(SCHEMA.names).cast(SCHEMA), posixpath.dirname(path), meta["classes"])
+            f"'{path}' is not a readable index: {(str(error).splitlines() or [''])[0]}"
+        ) from error
+    _check_index(table, names, path)
+    return with_metadata(table, parent(path), names)
+
+
+def _check_index(table: pa.Table, names: Sequence[str], path: str) -> None:
+    """Refuse an index that points outside of its folder, lacks values, or has labels without a name.
+
+    Ranges are not looked at: one that is wrong gives a broken image where it is read.
+    """
+    for column in ("shard", "key", "offset", "size"):
+        if table[column].null_count:
+            raise UserError(
+                f"'{path}' lacks {table[column].null_count} values of '{column}': make the index again"
+            )
+    for shard in table["shard"].unique().to_pylist():
+        if "://" in shard or shard.startswith("/") or {"", ".", ".."} & set(shard.split("/")):
+            raise UserError(
+                f"'{path}' names the shard {shard!r}, which is no place in its folder: make it again"
+            )
+    top = int(labels(table).max(initial=-1))
+    if top >= len(names):
+        raise UserError(f"'{path}' has label {top} and {len(names)} class names: make the index again")
 
 
 def write_index(table: pa.Table, uri: str) -> None:
     """Write `table` as `index.parquet` into the folder `uri` (or to the `.parquet` file `uri`), all or
     nothing.
     """
-    path = uri if uri.endswith(".parquet") else f"{absolute(uri)}/{FILE_NAME}"
+    path = uri if has_suffix(uri, ".parquet") else join(absolute(uri), FILE_NAME)
     write_whole(path, lambda local: pq.write_table(table, local))
 
 
@@ -150,22 +161,36 @@ def index_shards(
     """
     uri = absolute(uri)
     shards = list_files(uri, [".tar"])
+    compressed = _compressed(uri, shards)
     if not shards:
-        raise UserError(f"no .tar file in '{uri}': give the folder that holds the shards")
+        other = f"; '{compressed[0]['shard']}' is a {compressed[0]['reason']}" if compressed else ""
+        raise UserError(f"no .tar file in '{uri}': give the folder that holds the shards{other}")
     if workers is None and len(shards) <= _IN_PROCESS and not ray.is_initialized():
         workers = 0
     scans = run_tasks(_index_one, [(uri, s) for s in shards], workers=workers, unit="shards", quiet=quiet)
-    bad = [b for _, report in scans for b in report]
+    bad = [b for _, report in scans for b in report] + compressed
     check_bad([len(t) for t, _ in scans], bad, max_bad, uri)
     table = pa.concat_tables([t for t, _ in scans])
     return with_metadata(table, uri, check_classes(table, classes)), bad
 
 
+def _compressed(uri: str, shards: Sequence[str]) -> list[dict]:
+    """Name the compressed tars of a folder that do not lie there unpacked too, as broken shards."""
+    reason = "compressed tar: unpack it, images are read by their place"
+    names = list_files(uri, COMPRESSED)
+    packed = [n for n in names if f"{n.lower().rsplit('.t', 1)[0]}.tar" not in [s.lower() for s in shards]]
+    return [{"shard": name, "key": None, "reason": reason, "rows": 0} for name in packed]
+
+
 def check_classes(table: pa.Table, names: Sequence[str] | None) -> list[str]:
     """Return `names`, or numbers as names, after checking that every label has one."""
-    top = int(labels(table).max(initial=-1))
+    known = labels(table)
+    top = int(known.max(initial=-1))
     if names and top >= len(names):
-        raise UserError(f"label {top} has no name: {len(names)} class names were given")
+        shard, key = (table[column][int(known.argmax())].as_py() for column in ("shard", "key"))
+        raise UserError(
+            f"label {top} has no name: {len(names)} class names were given (of {printable(key)} in {shard})"
+        )
     return list(names) if names else [str(i) for i in range(top + 1)]
 
 
@@ -185,7 +210,8 @@ def check_bad(sizes: Sequence[int], bad: Sequence[dict], max_bad: float, place: 
     by_shard = {b["shard"]: b["rows"] for b in bad if b["key"] is None}
     lost = sum(b["key"] is not None for b in bad) + sum(max(1, whole - rows) for rows in by_shard.values())
     if good == 0 or lost > max_bad * (good + lost):
-        first = f"; first: {bad[0]['shard']} {bad[0]['key'] or ''}: {bad[0]['reason']}" if bad else ""
+        said = bad and f"{bad[0]['shard']} {bad[0]['key'] or ''}: {bad[0]['reason']}"
+        first = f"; first: {printable(said)}" if said else ""
         raise UserError(
             f"about {lost} of {good + lost} samples in '{place}' are bad ({len(by_shard)} broken shards), "
             f"more than the limit of {max_bad:.1%}{first}"
@@ -195,130 +221,3 @@ def check_bad(sizes: Sequence[int], bad: Sequence[dict], max_bad: float, place: 
 def _index_one(uri: str, shard: str) -> tuple[pa.Table, list[dict]]:
     filesystem, folder = open_filesystem(uri)
     return index_shard(filesystem, posixpath.join(folder, shard))
-
-
-def index_shard(filesystem: pafs.FileSystem, path: str) -> tuple[pa.Table, list[dict]]:
-    """Index one WebDataset tar, reading headers and the first bytes of each image only.
-
-    Members belong to one sample while their path up to the first dot of the base name stays the same. A
-    sample needs an image member (one of IMAGE_EXTENSIONS); its label is an integer in `.cls` or under "label"
-    in `.json`.
-
-    Returns:
-        The rows (SCHEMA) and the bad samples as dict(shard, key, reason); key is None where the shard itself
-        is broken, with `rows` the number of samples found before the break.
-    """
-    shard = posixpath.basename(path)
-    rows: list[dict[str, Any]] = []
-    bad: list[dict[str, Any]] = []
-    length = filesystem.get_file_info(path).size or 0
-    broken = None
-    try:
-        with filesystem.open_input_file(path) as raw:
-            scan = _Scan(io.BufferedReader(raw, _BUFFER), length)
-            for key, members in scan.samples():
-                try:
-                    rows.append({"shard": shard, "key": key, **scan.row(members)})
-                except (ValueError, OSError, Image.DecompressionBombError) as error:
-                    bad.append({"shard": shard, "key": key, "reason": _line(error)})
-            broken = scan.end_problem()
-    except (tarfile.TarError, OSError, EOFError) as error:
-        broken = _line(error)
-    if not (rows or bad or broken):
-        broken = "no sample in the tar"
-    if broken:
-        bad.append({"shard": shard, "key": None, "reason": broken, "rows": len(rows)})
-    return pa.Table.from_pylist(rows, schema=SCHEMA), bad
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-class _Scan:
-    """One pass over the headers of one tar."""
-
-    def __init__(self, file: io.BufferedReader, length: int):
-        self.file, self.length = file, length
-        self.tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (closed with the file)
-
-    def samples(self) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-        """Yield (key, members by extension) in order of the tar."""
-        key: str | None = None
-        members: dict[str, tarfile.TarInfo] = {}
-        for info in self.tar:
-            if info.offset_data + info.size > self.length:
-                break  # said by end_problem
-            folder, base = posixpath.split(info.name)
-            stem, _, extension = base.partition(".")
-            if not info.isreg() or not stem or _META.search(info.name):
-                continue
-            current = posixpath.join(folder, stem)
-            if current != key:
-                if key is not None:
-                    yield key, members
-                key, members = current, {}
-            members.setdefault(extension.lower(), info)
-            self.tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header; a shard may hold millions
-        if key is not None:
-            yield key, members
-
-    def row(self, members: dict[str, tarfile.TarInfo]) -> dict:
-        """Return offset, size, label, width and height of a sample. Raises ValueError or OSError where it is
-        bad.
-        """
-        image = next((members[e] for e in members if e in IMAGE_EXTENSIONS), None)
-        if image is None:
-            raise ValueError(f"no image member, only {', '.join(sorted(members))}")
-        if image.size == 0:
-            raise ValueError("image member of zero bytes")
-        stream = self.tar.extractfile(image)
-        assert stream is not None  # a regular file
-        with Image.open(stream, formats=IMAGE_FORMATS) as picture:
-            width, height = picture.size
-            exif = picture.getexif() if "exif" in picture.info else {}  # else PNG would be read to its end
-            if exif.get(ExifTags.Base.Orientation, 1) >= 5:  # stored lying on its side
-                width, height = height, width
-        return {
-            "offset": image.offset_data,
-            "size": image.size,
-            "label": self._label(members),
-            "width": width,
-            "height": height,
-        }
-
-    def _label(self, members: dict[str, tarfile.TarInfo]) -> int | None:
-        if "cls" in members:
-            return _checked_label(self._text(members["cls"]), ".cls")
-        if "json" in members:
-            content = json.loads(self._text(members["json"]))
-            label = content.get("label") if isinstance(content, dict) else None
-            return None if label is None else _checked_label(label, ".json")
-        return None
-
-    def _text(self, info: tarfile.TarInfo) -> str:
-        if info.size > _LABEL_LIMIT:
-            raise ValueError(f"{info.name} of {info.size} bytes is too large for a label")
-        stream = self.tar.extractfile(info)
-        assert stream is not None
-        return stream.read().decode("utf-8")
-
-    def end_problem(self) -> str | None:
-        """Say what is wrong with the end of the tar: a whole one ends in a block of zeros, which tarfile does
-        not ask for.
-        """
-        last = self.tar.offset
-        self.file.seek(min(last, self.length))
-        if last >= self.length or any(self.file.read(512)):
-            return "truncated or damaged tar: it does not end in an end-of-archive mark"
-        return None
-
-
-def _checked_label(value: object, source: str) -> int | None:
-    try:
-        label = int(value) if isinstance(value, str | int) else None
-    except ValueError:
-        label = None
-    if label is None or label >= 2**31:
-        raise ValueError(f"label {str(value)[:40]!r} in {source} is not an integer")
-    return label if label >= 0 else None

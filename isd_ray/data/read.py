@@ -16,13 +16,15 @@ from PIL import Image
 from pyarrow import fs
 
 from isd_ray.data import views as v
-from isd_ray.data.decode import BrokenImage, decode, pixels
+from isd_ray.data.decode import MAX_BYTES, BrokenImage, decode, pixels
+from isd_ray.data.store import StoredFile
 from isd_ray.data.views import View
 
 GAP = (
     64 * 1024
 )  # bytes between two images that are read rather than skipped: less than a second request costs
 STAGES = ("read", "decode", "transform")  # what a reading task spends its time on
+HEADER = 512  # bytes before the image: the header of its member
 REMOTE_READS = 8  # requests under way in one task when the shards are not local
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -146,7 +148,8 @@ def _whole(picture: Image.Image, shape: Shape) -> Image.Image:
 def read_bytes(filesystem: fs.FileSystem, folder: str, table: pa.Table) -> list[bytes | BrokenImage]:
     """Return the bytes of every row's image, neighbours in a shard read together.
 
-    A shard or a range that is not there gives a BrokenImage instead of bytes.
+    A shard or a range that is not there gives a BrokenImage instead of bytes. Raises StoreError where a remote store
+    does not answer.
     """
     names, shard = np.unique(np.array(table.column("shard").to_pylist()), return_inverse=True)
     offset, size = (table.column(name).to_numpy() for name in ("offset", "size"))
@@ -168,13 +171,17 @@ def _read_shard(
     filesystem: fs.FileSystem, path: str, offset: np.ndarray, size: np.ndarray
 ) -> list[bytes | BrokenImage]:
     """Return the bytes of ranges of one shard, which are sorted by offset."""
-    end = offset + size
-    cut = np.flatnonzero(offset[1:] - end[:-1] > GAP) + 1
-    parts: list[bytes | BrokenImage] = []
+    parts: list[bytes | BrokenImage] = [
+        BrokenImage(f"the index names no valid range: offset {a}, size {n}")
+        for a, n in zip(offset.tolist(), size.tolist(), strict=True)
+    ]
+    valid = np.flatnonzero((offset >= HEADER) & (offset < 2**62) & (size > 0) & (size <= MAX_BYTES))
+    far = offset[valid][1:] - (offset + size)[valid][:-1] > GAP
     try:
-        with filesystem.open_input_file(path) as file:
-            for run in np.split(np.arange(len(offset)), cut):
-                parts.extend(_read_run(file, offset[run], size[run]))
+        with StoredFile(filesystem, path) as file:
+            for run in np.split(valid, np.flatnonzero(far) + 1):
+                for i, part in zip(run, _read_run(file, offset[run], size[run]), strict=True):
+                    parts[i] = part
     except FileNotFoundError:
         return [BrokenImage("the shard is missing")] * len(offset)
     except OSError as error:
@@ -182,15 +189,27 @@ def _read_shard(
     return parts
 
 
-def _read_run(file: pa.NativeFile, offset: np.ndarray, size: np.ndarray) -> Iterator[bytes | BrokenImage]:
-    """Yield the bytes of near ranges out of one read; the file may end before they do."""
-    start, stop = max(0, int(offset[0])), min(int((offset + size).max()), file.size())
-    data = file.read_at(stop - start, start) if start < stop else b""
-    for at, length in zip((offset - start).tolist(), size.tolist(), strict=True):
-        part = data[max(0, at) : max(0, at + length)]
-        if at < 0 or length <= 0:
-            yield BrokenImage(f"the index names no valid range: offset {at + start}, size {length}")
-        elif len(part) < length:
-            yield BrokenImage(f"the shard ends {length - len(part)} bytes before the image does")
-        else:
-            yield part
+def _read_run(file: StoredFile, offset: np.ndarray, size: np.ndarray) -> list[bytes | BrokenImage]:
+    """Return the bytes of near ranges out of one read; the file may end before they do."""
+    if not len(offset):
+        return []
+    start, stop = int(offset[0]) - HEADER, int((offset + size).max())
+    data = file.read_at(stop - start, start)
+    return [
+        _cut(data, at, length) for at, length in zip((offset - start).tolist(), size.tolist(), strict=True)
+    ]
+
+
+def _cut(data: bytes, at: int, length: int) -> bytes | BrokenImage:
+    """Return one image, if the tar's header before it says that a file of this length begins here."""
+    part = data[at : at + length]
+    if len(part) < length:
+        return BrokenImage(f"the shard ends {length - len(part)} bytes before the image does")
+    said = data[at - HEADER + 124 : at - HEADER + 136].strip(
+        b" \0"
+    )  # the member's size (POSIX.1-1988, ustar)
+    if said.lstrip(b"0") != b"%o" % length:
+        return BrokenImage(
+            f"the index does not fit the shard: no file of {length} bytes begins there; index it again"
+        )
+    return part

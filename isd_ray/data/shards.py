@@ -18,16 +18,24 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-from PIL import Image
 from webdataset.writer import TarWriter
 
-from isd_ray.data import files, index
+from isd_ray.data import files, index, scan
+from isd_ray.data.decode import open_header
 from isd_ray.data.parallel import run_tasks
 from isd_ray.data.sources import Source, open_source
 from isd_ray.errors import UserError
 
 MANIFEST = "make_shards.json"
-_EXTENSION = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "PPM": "ppm", "TIFF": "tif"}
+_EXTENSION = {
+    "JPEG": "jpg",
+    "MPO": "jpg",
+    "PNG": "png",
+    "WEBP": "webp",
+    "BMP": "bmp",
+    "PPM": "ppm",
+    "TIFF": "tif",
+}
 _UNSAFE = re.compile(r"[^\w\-+=@~]", re.ASCII)
 _IN_PROCESS = 20_000  # samples; below this, starting Ray takes longer than the work
 
@@ -62,7 +70,7 @@ def make_shards(
     """
     if shard_size < 1:
         raise UserError(f"--shard-size {shard_size}: a shard holds at least 1 sample")
-    folder, name = f"{files.absolute(out)}/{split}", name or split
+    folder, name = files.join(files.absolute(out), split), name or split
     if not re.fullmatch(r"[\w\-]+", name) or not re.fullmatch(r"[\w\-]+", split):
         raise UserError(f"name '{name}' and split '{split}' may hold letters, digits, '-' and '_' only")
     opened = open_source(source, split=split, **options)
@@ -87,7 +95,7 @@ def make_shards(
 
 def _tasks(source: Source, keys: list[str], folder: str, name: str, size: int) -> list[tuple]:
     return [
-        (source.slice(i, i + size), keys[i : i + size], f"{folder}/{name}-{i // size:06d}.tar")
+        (source.slice(i, i + size), keys[i : i + size], files.join(folder, f"{name}-{i // size:06d}.tar"))
         for i in range(0, len(keys), size)
     ]
 
@@ -118,7 +126,7 @@ def write_bad(bad: Sequence[dict], folder: str) -> None:
     """
     if bad:
         lines = "".join(json.dumps(b) + "\n" for b in bad)
-        files.write_text(f"{folder}/bad_samples.jsonl", lines)
+        files.write_text(files.join(folder, "bad_samples.jsonl"), lines)
 
 
 def unique_keys(names: Sequence[str]) -> list[str]:
@@ -140,7 +148,7 @@ def unique_keys(names: Sequence[str]) -> list[str]:
 
 def _safe(name: str) -> str:
     stem, extension = posixpath.splitext(name)
-    stem = stem if extension.lower()[1:] in (*index.IMAGE_EXTENSIONS, "tiff") else name
+    stem = stem if extension.lower()[1:] in (*scan.IMAGE_EXTENSIONS, "tiff") else name
     parts = [p for p in stem.split("/") if p not in ("", ".", "..")]
     # names that begin with two underscores are WebDataset's own
     return "/".join(re.sub("^_+", "_", _UNSAFE.sub("_", p)) for p in parts) or "_"
@@ -170,7 +178,7 @@ def _description(
 
 
 def _claim(folder: str, description: dict) -> None:
-    place = f"{folder}/{MANIFEST}"
+    place = files.join(folder, MANIFEST)
     if files.exists(place):
         there = json.loads(files.read_bytes(place))
         differing = [k for k in description if there.get(k) != description[k]]
@@ -205,7 +213,9 @@ def _make_one(source: Source, keys: list[str], uri: str) -> tuple[pa.Table, list
     if kept is not None:
         return kept, []
     result: list[tuple[pa.Table, list[dict]]] = []
-    files.write_whole(uri, lambda path: result.append(_write(source, keys, path, posixpath.basename(uri))))
+    files.write_whole(
+        uri, lambda path: result.append(_write(source, keys, path, posixpath.basename(files.path_of(uri))))
+    )
     return result[0]
 
 
@@ -248,7 +258,7 @@ def image_extension(content: bytes) -> str | None:
     image.
     """
     try:
-        with Image.open(io.BytesIO(content), formats=index.IMAGE_FORMATS) as picture:
+        with open_header(io.BytesIO(content), scan.IMAGE_FORMATS) as picture:
             return _EXTENSION[picture.format or ""]
-    except (OSError, ValueError, KeyError, Image.DecompressionBombError):
+    except Exception:  # Pillow raises nearly anything on hostile bytes
         return None

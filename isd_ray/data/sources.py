@@ -8,7 +8,6 @@ gives a small picklable part of it, which one task reads; nothing holds all imag
 import importlib
 import io
 import json
-import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -19,13 +18,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from isd_ray.data import index
+from isd_ray.data import index, read, scan
 from isd_ray.data.files import (
     AbsentError,
     absolute,
     exists,
     expand,
+    has_suffix,
     is_folder,
+    join,
     list_files,
     open_filesystem,
     read_bytes,
@@ -33,7 +34,7 @@ from isd_ray.data.files import (
 from isd_ray.errors import UserError, nearest
 
 KINDS = ("folder", "parquet", "tars", "torchvision", "sklearn", "embedded")
-EXTENSIONS = tuple(f".{e}" for e in (*index.IMAGE_EXTENSIONS, "tiff"))
+EXTENSIONS = tuple(f".{e}" for e in (*scan.IMAGE_EXTENSIONS, "tiff"))
 UNLABELLED = "none"
 _ROWS_AT_ONCE = 64
 
@@ -100,7 +101,7 @@ def _kind(source: str, root: str | None) -> tuple[str, str]:
         return kind, _under(root, where) if paths else where
     path = _under(root, source)
     for kind, extension in (("parquet", ".parquet"), ("tars", ".tar")):
-        if path.endswith(extension) or (is_folder(path) and list_files(path, [extension])):
+        if has_suffix(path, extension) or (is_folder(path) and list_files(path, [extension])):
             return kind, path
     if not is_folder(path):
         raise AbsentError(
@@ -112,7 +113,7 @@ def _kind(source: str, root: str | None) -> tuple[str, str]:
 def _under(root: str | None, path: str) -> str:
     if "://" in path or path.startswith(("/", "~")) or root is None:
         return absolute(path)
-    return absolute(root) if path == "." else f"{absolute(root)}/{path}"
+    return absolute(root) if path == "." else join(absolute(root), path)
 
 
 # -- image folder --------------------------------------------------------------------------------------------
@@ -140,7 +141,7 @@ class FolderSource:
     def __iter__(self) -> Iterator[Sample]:
         for i, path in enumerate(self.paths):
             label = None if self.labels is None else self.labels[i]
-            yield Sample(path, read_bytes(f"{self.folder}/{path}"), label)
+            yield Sample(path, read_bytes(join(self.folder, path)), label)
 
 
 def folder_source(folder: str) -> FolderSource:
@@ -309,9 +310,9 @@ class TarSource:
     @staticmethod
     def open(uri: str) -> "TarSource":
         """Read the index of a folder of tars, or make one where there is none."""
-        if uri.endswith(".tar"):
+        if has_suffix(uri, ".tar"):
             raise UserError(f"'{uri}' is one tar: give the folder that holds it")
-        if exists(f"{uri}/{index.FILE_NAME}"):
+        if exists(join(uri, index.FILE_NAME)):
             return TarSource(index.read_index(uri))
         return TarSource(index.index_shards(uri, workers=0)[0])
 
@@ -331,12 +332,10 @@ class TarSource:
 
     def __iter__(self) -> Iterator[Sample]:
         filesystem, folder = open_filesystem(index.root(self.table))
-        opened, file = None, None
-        for row in self.table.to_pylist():
-            if row["shard"] != opened:
-                opened = row["shard"]
-                file = filesystem.open_input_file(posixpath.join(folder, opened))
-            yield Sample(row["key"], file.read_at(row["size"], row["offset"]), row["label"])  # type: ignore[union-attr]
+        for start in range(0, len(self.table), _ROWS_AT_ONCE):
+            rows = self.table.slice(start, _ROWS_AT_ONCE)
+            for row, image in zip(rows.to_pylist(), read.read_bytes(filesystem, folder, rows), strict=True):
+                yield Sample(row["key"], image if isinstance(image, bytes) else b"", row["label"])
 
 
 @dataclass(frozen=True)

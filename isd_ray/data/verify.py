@@ -5,7 +5,6 @@ minutes.
 """
 
 import posixpath
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,8 +37,8 @@ def verify_shards(uri: str, *, workers: int | None = None, quiet: bool = True) -
     """Check the folder of shards `uri` against its index: one task a shard.
 
     Found are: shards that are missing, not in the index, damaged or cut short; samples that the index lacks, that the
-    shard lacks, whose place, label or size differ; members of one sample that do not lie together and keys that come
-    twice, in a shard or in the folder; images that do not decode or are of another size than the index says.
+    shard lacks, whose place, label or size differ; members and keys that come twice, in a shard or in the folder;
+    images that do not decode or are of another size than the index says.
 
     workers: see `run_tasks`. Raises UserError where there is no index.
     """
@@ -109,12 +108,7 @@ def _verify_one(folder: str, name: str, rows: pa.Table) -> Report:
 def _differences(name: str, rows: pa.Table, found: pa.Table) -> list[dict[str, Any]]:
     """What the index says of a shard and its headers do not, and the other way round."""
     said, real = ({row["key"]: row for row in t.to_pylist()} for t in (rows, found))
-    out = [
-        _finding(name, key, f"the key comes {n} times in this shard; its members lie apart or repeat")
-        for key, n in Counter(found["key"].to_pylist()).items()
-        if n > 1
-    ]
-    out += [_finding(name, key, "in the index, not in the shard") for key in said if key not in real]
+    out = [_finding(name, key, "in the index, not in the shard") for key in said if key not in real]
     out += [_finding(name, key, "in the shard, not in the index") for key in real if key not in said]
     for key in said:
         other = real.get(key, said[key])

@@ -18,6 +18,7 @@ import yaml
 from isd_ray import interop, session
 from isd_ray.config import Config, flatten, merge, to_yaml, validate
 from isd_ray.data.catalog import Splits, open_dataset
+from isd_ray.data.files import join
 from isd_ray.errors import UserError
 from isd_ray.evaluate.table import print_table
 from isd_ray.methods import find_method
@@ -80,7 +81,7 @@ def run_uri(config: Config) -> str:
         say(
             f"output: {output} (a job's working folder is thrown away; give --output an absolute path or URI)"
         )
-    return f"{output.rstrip('/')}/{config.name or default_name(config)}"
+    return join(output, config.name or default_name(config))
 
 
 def default_name(config: Config) -> str:

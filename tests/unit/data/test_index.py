@@ -14,6 +14,7 @@ from pyarrow import fs as pafs
 from webdataset.writer import TarWriter
 
 from isd_ray.data import index
+from isd_ray.data import scan as scanner
 from isd_ray.errors import UserError
 
 LOCAL = pafs.LocalFileSystem()
@@ -121,11 +122,11 @@ def test_labels_come_from_cls_or_json_and_may_be_missing(tmp_path):
     [
         ([("x.cls", b"1")], "no image member, only cls"),
         ([("x.png", b""), ("x.cls", b"1")], "zero bytes"),
-        ([("x.png", b"this is text"), ("x.cls", b"1")], "cannot identify image"),
+        ([("x.png", b"this is text"), ("x.cls", b"1")], "no image of a known format: it begins with"),
         ([("x.png", picture()), ("x.cls", b"cat")], "label 'cat' in .cls is not an integer"),
         ([("x.png", picture()), ("x.json", b'{"label": [1]}')], "in .json is not an integer"),
         ([("x.png", picture()), ("x.json", b"{broken")], ""),
-        ([("x.png", picture()), ("x.cls", b"99999999999")], "not an integer"),
+        ([("x.png", picture()), ("x.cls", b"99999999999")], "larger than 1048575"),
     ],
 )
 def test_a_bad_sample_is_named_and_left_out(tmp_path, members, reason):
@@ -204,7 +205,7 @@ def test_bodies_are_not_read(tmp_path, monkeypatch):
         def tell(self):
             return self.raw.tell()
 
-    monkeypatch.setattr(index.io, "BufferedReader", Counting)
+    monkeypatch.setattr(scanner.io, "BufferedReader", Counting)
     table, bad = scan(tmp_path / "s.tar")
     assert (len(table), bad) == (2, [])
     assert 0 < read < 1_500_000
