@@ -81,7 +81,7 @@ def unpack(shard: Path, folder: Path) -> None:
 
 def turn(name: str, case: Case, epochs: int, answer: Any) -> None:
     """One contestant's turn, in a process of its own: puts seconds to the first batch and images/s by epoch."""
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))  # as the training loop on a CPU
     start_epoch = CONTESTANTS[name](case)
     start, first, rates, used = time.perf_counter(), 0.0, [], []
     for number in range(epochs):
