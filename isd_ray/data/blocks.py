@@ -37,8 +37,8 @@ class Blocks:
     def __init__(self, table: pa.Table):
         self.table = table
         self.filesystem, self.folder = open_filesystem(index_table.root(table))
-        # Ray Data keeps metrics, a log file and a logger for every name that a dataset ever had, and names one anew
-        # with every epoch: about a MiB an epoch. Two take turns, since an epoch that is left early may not have ended.
+        # Ray Data keeps metrics and a log file for every name that a dataset ever had, and names one anew with every
+        # epoch: about a MiB an epoch. Two names take turns, since an epoch that is left early may not have ended yet.
         self._names = cycle([f"isd_ray_{uuid.uuid4().hex[:12]}_{turn}" for turn in range(2)])
 
     @property
@@ -79,7 +79,7 @@ class Blocks:
         refs = {"table": self._table_ref, "rows": ray.put(rows), "position": ray.put(position)}
         dataset = _dataset(work, refs, ranges, world, block_batches(batch, shape) * batch * row_bytes(shape))
         name = next(self._names)
-        setattr(dataset, "get_dataset_id", lambda: name)  # noqa: B010, a method of Ray's class
+        dataset.get_dataset_id = lambda: name  # type: ignore[method-assign]
         try:
             blocks = dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=AHEAD)
             yield from cut_batches(blocks, batch)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 
 import numpy as np
@@ -135,3 +136,20 @@ def test_ordered_through_ray(ray_session, table):
     batches = list(ordered(table, size=16, batch=64))
     assert torch.cat([b.index for b in batches]).tolist() == list(range(200))
     assert batches[0].image.shape == (64, 1, 3, 16, 16)
+
+
+def test_many_epochs_leave_two_names_and_no_open_file(ray_session, table):
+    """Ray Data keeps metrics and a log file for every name of a dataset: with a new one an epoch, long runs fill up."""
+    from ray.data._internal.stats import get_or_create_stats_actor
+
+    def names() -> set[str]:
+        return set(ray_session.get(get_or_create_stats_actor().get_datasets.remote()))
+
+    one = Stream(table, seed=1, global_batch=24, size=16, views=["weak"])
+    before = names()
+    files = []
+    for i in range(6):
+        assert len(list(one.epoch(i))) == one.steps
+        files.append(len(os.listdir("/proc/self/fd")))
+    assert 1 <= len(names() - before) <= 2
+    assert files[-1] <= files[1]
