@@ -50,6 +50,12 @@ class DataConfig(Section):
         {},
         description='Further arguments of the scheme: {"split": "D3"}, {"files": "list.txt"}, {"n_max": 500}',
     )
+    validation: int | None = Field(
+        None,
+        ge=1,
+        description="Labelled training images of a class (at most half of them) that are kept out of pretraining and "
+        "bank; the run is then evaluated on them, and the test set stays unseen",
+    )
     image_size: int = Field(32, ge=8, le=1024, description="Side of a view [pixels]")
     mean: list[float] = Field([0.485, 0.456, 0.406], description="Mean of the channels, on a 0..1 scale")
     std: list[float] = Field([0.229, 0.224, 0.225], description="Deviation of the channels")
@@ -199,6 +205,9 @@ class EvaluateConfig(Section):
     """Evaluation of the frozen features after training."""
 
     enabled: bool = Field(True, description="Evaluate at the end of the run")
+    every: int = Field(
+        0, ge=0, description="Epochs between kNN evaluations on the way, on --data.validation; 0: none"
+    )
     linear: bool = Field(True, description="Also train the linear classifier")
     bank: Literal["auto", "balanced", "train"] = Field(
         "auto", description="Labelled bank of kNN: the balanced set, or the pretraining subset"
@@ -248,17 +257,22 @@ def parse(arguments: Sequence[str], program: str = "pretrain") -> Config:
 
     Raises UserError that lists every unknown name and wrong value; `--help` prints all options and exits.
     """
+    given = read_options(arguments, program)
+    path = given.pop("config", None)
+    return resolve(read_yaml(path) if path else {}, given)
+
+
+def read_options(arguments: Sequence[str], program: str) -> dict[str, Any]:
+    """Read the command line alone: what it says, with no defaults. Raises UserError as `parse` does."""
     _refuse_unknown_flags(arguments)
     try:
         source = CliSettingsSource[Any](
             _CommandLine, cli_parse_args=list(arguments), cli_prog_name=program, cli_exit_on_error=False
         )
-        given = dict(source())
+        return dict(source())
     except SettingsError as error:
         reason = str(error).removeprefix("error parsing CLI: ")
         raise UserError(f"command line: {reason}; --help lists the options") from None
-    path = given.pop("config", None)
-    return resolve(read_yaml(path) if path else {}, given)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

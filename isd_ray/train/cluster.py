@@ -17,6 +17,8 @@ from isd_ray.errors import UserError
 from isd_ray.train.folder import RunFolder
 from isd_ray.train.state import Worker
 
+Tell = Callable[[dict[str, Any]], None]
+
 
 def choose_device(config: Config) -> str:
     """Return "cuda" or "cpu"; raises UserError when the workers ask for more than the cluster has."""
@@ -50,19 +52,29 @@ def default_threads(workers: int) -> int:
 
 
 def run_workers(
-    function: Callable[[Config, RunFolder, Worker], None], config: Config, folder: RunFolder, device: str
+    function: Callable[[Config, RunFolder, Worker], None],
+    config: Config,
+    folder: RunFolder,
+    device: str,
+    tell: Tell | None = None,
 ) -> None:
-    """Run `function` on every Ray Train worker; an error of a worker comes out as the error that it was."""
-    printer = None if config.train.workers == 0 else Printer()
+    """Run `function` on every Ray Train worker; an error of a worker comes out as the error that it was.
+
+    tell: called here with what the workers tell.
+    """
+    printer = None if config.train.workers == 0 else Printer(tell)
     lines = printer.lines if printer else None
+    direct = [None if printer else tell]  # a `tell` of this process does not travel to workers
 
     def worker_loop(_: dict[str, Any]) -> None:
         context = ray.train.get_context()
         rank, world = context.get_world_rank(), context.get_world_size()
         out = sys.stderr if lines is None else cast(TextIO, Outbox(lines))
+        say = direct[0] if lines is None else Outbox(lines).tell
         if device == "cpu":
             torch.set_num_threads(threads)
-        function(config, RunFolder(folder.uri), Worker(rank, world, get_device(), out))
+        where = torch.device("cpu") if device == "cpu" else get_device()
+        function(config, RunFolder(folder.uri), Worker(rank, world, where, out, say))
 
     train = config.train
     threads = train.threads or default_threads(train.workers)
@@ -101,6 +113,10 @@ class Outbox:
         """Send the text; training goes on without waiting for it to be printed."""
         self.lines.actor.put_nowait.remote(text)  # type: ignore[attr-defined]
 
+    def tell(self, numbers: dict[str, Any]) -> None:
+        """Send numbers on the same way."""
+        self.lines.actor.put_nowait.remote(numbers)  # type: ignore[attr-defined]
+
     def flush(self) -> None:
         """Nothing is held back."""
 
@@ -110,16 +126,22 @@ class Outbox:
 
 
 class Printer:
-    """The driver's end: prints the workers' lines as they come, free of the prefixes of Ray's own log."""
+    """The driver's end: prints the workers' lines as they come, free of the prefixes of Ray's own log.
 
-    def __init__(self) -> None:
-        self.lines = Queue(actor_options={"num_cpus": 0})
+    tell: takes the numbers that come on the same way.
+    """
+
+    def __init__(self, tell: Tell | None = None) -> None:
+        self.lines, self.tell = Queue(actor_options={"num_cpus": 0}), tell
         self.thread = threading.Thread(target=self._print, daemon=True)
         self.thread.start()
 
     def _print(self) -> None:
-        while (text := self.lines.get()) is not None:
-            print(text, end="", file=sys.stderr, flush=True)
+        while (sent := self.lines.get()) is not None:
+            if isinstance(sent, str):
+                print(sent, end="", file=sys.stderr, flush=True)
+            elif self.tell:
+                self.tell(sent)
 
     def close(self) -> None:
         """Print what is left and stop."""

@@ -22,6 +22,7 @@ from isd_ray.train.folder import RunFolder, load_checkpoint, save_checkpoint
 from isd_ray.train.log import Log
 from isd_ray.train.optim import learning_rates, set_rate, teacher_momenta
 from isd_ray.train.state import State, Worker, build_state, step_seed
+from isd_ray.train.validation import Watch
 
 
 def train(config: Config, folder: RunFolder, worker: Worker) -> None:
@@ -65,6 +66,7 @@ def run_epochs(config: Config, folder: RunFolder, worker: Worker, stream: Stream
     momenta = teacher_momenta(config.method.momentum, config.method.momentum_schedule, total)
     model = distribute(state, config, worker)
     log = Log(config, folder, worker, stream.steps, state.step)
+    watch = Watch(config, folder, worker, stream.steps, state.step)
     while state.step < total:
         epoch, start = divmod(state.step, stream.steps)
         for batch in log.waiting(stream.epoch(epoch, start=start)):
@@ -73,9 +75,11 @@ def run_epochs(config: Config, folder: RunFolder, worker: Worker, stream: Stream
             state.method.update_teacher(float(momenta[state.step]))
             loss, diagnostics = train_step(model, state, batch, config, worker, diagnose=due)
             log.add(loss)
-            if due and (log.reduce(state.step, rate, diagnostics) or state.step == total):
-                save(config, folder, worker, state)
-                log.was_saved()
+            if due:
+                timed, watched = log.reduce(state.step, rate, diagnostics), watch(state)
+                if timed or watched or state.step == total:
+                    save(config, folder, worker, state)
+                    log.was_saved()
     log.close()
 
 

@@ -22,10 +22,11 @@ from isd_ray.errors import UserError
 from isd_ray.evaluate.table import print_table
 from isd_ray.methods import find_method
 from isd_ray.train import cluster
-from isd_ray.train.evaluation import evaluate_run
+from isd_ray.train.evaluation import evaluate_run, hold_out
 from isd_ray.train.folder import RunFolder, checkpoint_names, load_checkpoint
 from isd_ray.train.loop import train
 from isd_ray.train.state import build_state
+from isd_ray.train.validation import watched_tables
 
 # Options that may change between the start of a run and its continuation: they do not change what is learned.
 FREE = {
@@ -36,8 +37,10 @@ FREE = {
 FREE_SECTIONS = ("evaluate.",)
 
 
-def pretrain(config: Config) -> dict[str, Any]:
+def pretrain(config: Config, tell: cluster.Tell | None = None) -> dict[str, Any]:
     """Train and evaluate one run; returns what is written to result.json.
+
+    tell: called with each row of validation.jsonl (`--evaluate.every`) as soon as it is measured.
 
     A run of the same name that was interrupted continues from its newest checkpoint; a finished one is returned as it
     is. Raises UserError, before anything is written, for input that cannot work.
@@ -53,10 +56,10 @@ def pretrain(config: Config) -> dict[str, Any]:
     device = cluster.choose_device(config)
     splits = open_splits(config)
     check_sizes(config, splits.train)
-    prepare_folder(config, folder, splits.train)
+    prepare_folder(config, folder, splits)
     say(f"run folder: {folder.uri}")
     started = time.monotonic()
-    cluster.run_workers(train, config, folder, device)
+    cluster.run_workers(train, config, folder, device, tell)
     seconds = {"train": round(time.monotonic() - started, 1)}
     export(config, folder)
     result = summary(config, folder, seconds)
@@ -103,9 +106,9 @@ def check_same(config: Config, folder: RunFolder) -> None:
 
 
 def open_splits(config: Config) -> Splits:
-    """Open the data set and choose the pretraining subset."""
+    """Open the data set, choose the pretraining subset and, where asked, hold images out to evaluate on."""
     data = config.data
-    return open_dataset(
+    splits = open_dataset(
         data.dataset,
         root=data.root,
         shards=data.shards,
@@ -116,6 +119,7 @@ def open_splits(config: Config) -> Splits:
         download=data.download,
         **data.scheme_options,
     )
+    return hold_out(config, splits) if data.validation else splits
 
 
 def check_sizes(config: Config, table: pa.Table) -> None:
@@ -147,12 +151,16 @@ def check_sizes(config: Config, table: pa.Table) -> None:
         )
 
 
-def prepare_folder(config: Config, folder: RunFolder, table: pa.Table) -> None:
+def prepare_folder(config: Config, folder: RunFolder, splits: Splits) -> None:
     """Write what the run is made of: its options and its rows. A continued run keeps the rows it began with."""
-    if not folder.exists("selection.parquet"):
-        sink = io.BytesIO()
-        pq.write_table(table, sink)
-        folder.write("selection.parquet", sink.getvalue())
+    tables = {"selection.parquet": splits.train}
+    if config.evaluate.every:
+        tables |= watched_tables(config, splits)
+    for name, table in tables.items():
+        if not folder.exists(name):
+            sink = io.BytesIO()
+            pq.write_table(table, sink)
+            folder.write(name, sink.getvalue())
     folder.write("config.yaml", to_yaml(config).encode())
 
 
