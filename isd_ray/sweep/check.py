@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from isd_ray.config import flatten, merge, option_names, resolve, validate
+from isd_ray.config import Config, flatten, merge, option_names, resolve, validate
 from isd_ray.errors import UserError, nearest
 from isd_ray.evaluate.protocols import PROTOCOL
 from isd_ray.sweep.constraints import Constraint, parse_constraint
@@ -234,3 +234,8 @@ def _breaks(plan: Plan, values: Mapping[str, Any]) -> str | None:
         return plan.broken(values, None)
     except UserError as error:
         return str(error)
+
+
+def resolved(plan: Plan, values: Mapping[str, Any]) -> Config:
+    """Return the configuration of a run with these values."""
+    return plan.space.config_of(plan.base, values)

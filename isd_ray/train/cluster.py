@@ -67,14 +67,16 @@ def run_workers(
     direct = [None if printer else tell]  # a `tell` of this process does not travel to workers
 
     def worker_loop(_: dict[str, Any]) -> None:
-        context = ray.train.get_context()
-        rank, world = context.get_world_rank(), context.get_world_size()
-        out = sys.stderr if lines is None else cast(TextIO, Outbox(lines))
-        say = direct[0] if lines is None else Outbox(lines).tell
         if device == "cpu":
             torch.set_num_threads(threads)
-        where = torch.device("cpu") if device == "cpu" else get_device()
-        function(config, RunFolder(folder.uri), Worker(rank, world, where, out, say))
+        if lines is None:
+            worker = Worker(0, 1, torch.device(device), sys.stderr, direct[0])
+        else:
+            context, out = ray.train.get_context(), Outbox(lines)
+            where = get_device() if device == "cuda" else torch.device(device)
+            rank, world = context.get_world_rank(), context.get_world_size()
+            worker = Worker(rank, world, where, cast(TextIO, out), out.tell)
+        function(config, RunFolder(folder.uri), worker)
 
     train = config.train
     threads = train.threads or default_threads(train.workers)
