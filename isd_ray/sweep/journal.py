@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, Any
 
 from optuna.storages.journal import BaseJournalBackend
@@ -14,10 +15,11 @@ FILE = "journal.jsonl"
 
 
 class FolderJournal(BaseJournalBackend):
-    """Optuna's log in a run folder. It has one writer, `only_driver` sees to that.
+    """Optuna's log in a run folder, a JSON list of entries a line. It has one writer, `only_driver` sees to that.
 
-    A local file grows line by line and is synced; an object store, which cannot append, gets the whole file. A last
-    line that a kill has torn is dropped: what it said had not happened yet.
+    What is logged within `at_once` becomes one line: a kill leaves all of it or nothing. A local file grows line by
+    line and is synced; an object store, which cannot append, gets the whole file. A last line that a kill has torn is
+    dropped: what it said had not happened yet.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -27,21 +29,39 @@ class FolderJournal(BaseJournalBackend):
         if self.lines and not _is_whole(self.lines[-1]):
             self.lines.pop()
         folder.write(FILE, "".join(self.lines).encode())
+        self.entries: list[dict[str, Any]] = [entry for line in self.lines for entry in json.loads(line)]
+        self.held: list[dict[str, Any]] | None = None
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
         """Yield the entries from this number on."""
-        for line in self.lines[log_number_from:]:
-            yield json.loads(line)
+        yield from self.entries[log_number_from:]
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Add entries; they are on disk when this returns."""
-        new = [json.dumps(log, separators=(",", ":")) + "\n" for log in logs]
-        self.lines += new
+        """Add entries; they are on disk when this returns, or at the end of `at_once`."""
+        self.entries += logs
+        if self.held is None:
+            self._write(logs)
+        else:
+            self.held += logs
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Write what is logged within as one line."""
+        assert self.held is None
+        self.held = []
+        yield
+        held, self.held = self.held, None
+        if held:
+            self._write(held)
+
+    def _write(self, logs: list[dict[str, Any]]) -> None:
+        line = json.dumps(logs, separators=(",", ":")) + "\n"
+        self.lines.append(line)
         if not self.folder.local:
             self.folder.write(FILE, "".join(self.lines).encode())
             return
         with open(f"{self.folder.path}/{FILE}", "a") as file:
-            file.write("".join(new))
+            file.write(line)
             file.flush()
             os.fsync(file.fileno())
 

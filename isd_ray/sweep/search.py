@@ -23,10 +23,10 @@ from isd_ray.train.folder import RunFolder
 from isd_ray.train.validation import Row, read_rows
 
 DRAWS = 200  # draws in a row that may break a constraint or repeat a setting
+LEARNED_DRAWS = 20  # so many of them by the sampler; it may insist on a corner that is forbidden
 DONE = "done"
 FAILURE = "failure.json"
 optuna.logging.set_verbosity(optuna.logging.ERROR)
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,10 @@ class Search:
     def __init__(self, plan: Plan, folder: RunFolder, images: int | None = None) -> None:
         self.plan, self.space, self.folder, self.images = plan, plan.space, folder, images
         self.goals = plan.space.goals
+        self.journal = FolderJournal(folder)
         self.study = optuna.create_study(
             study_name="sweep",
-            storage=JournalStorage(FolderJournal(folder)),
+            storage=JournalStorage(self.journal),
             load_if_exists=True,
             directions=["maximize"] * len(self.goals),
             pruner=build_pruner(plan.space),
@@ -81,11 +82,12 @@ class Search:
         known = self._frozen(job.number)
         if epoch in known.intermediate_values:  # heard before the driver was killed
             return "stopped" in known.user_attrs
-        trial.report(row[self.goals[0]], epoch)
-        if epoch >= self.space.budget.epochs or not trial.should_prune() or job.number == 0:
-            return False
-        trial.set_user_attr("stopped", epoch)
-        return True
+        with self.journal.at_once():
+            trial.report(row[self.goals[0]], epoch)
+            stop = epoch < self.space.budget.epochs and trial.should_prune() and job.number != 0
+            if stop:
+                trial.set_user_attr("stopped", epoch)
+        return stop
 
     def ended(self, job: Job, failure: str | None) -> None:
         """Take the end of a job: finished, stopped, or failed for a reason."""
@@ -95,14 +97,16 @@ class Search:
                 self.write_failure(job, failure)
             return
         values = None if failure else self._values(job)
-        if "stopped" in self._frozen(job.number).user_attrs:
-            self.study.tell(trial, state=TrialState.PRUNED)
-        elif values is None:
-            trial.set_user_attr("failed", failure or f"{', '.join(self.goals)} was not measured")
-            # The sampler learns from a pruned trial that it was bad; from a failed one it learns nothing.
-            self.study.tell(trial, state=TrialState.PRUNED if len(self.goals) == 1 else TrialState.FAIL)
-        else:
-            self.study.tell(trial, values)
+        with self.journal.at_once():
+            if "stopped" in self._frozen(job.number).user_attrs:
+                self.study.tell(trial, state=TrialState.PRUNED)
+            elif values is not None:
+                self.study.tell(trial, values)
+            else:
+                trial.set_user_attr("failed", failure or f"{', '.join(self.goals)} was not measured")
+                # The sampler learns from a pruned trial that it was bad; from a failed one it learns nothing.
+                state = TrialState.PRUNED if len(self.goals) == 1 else TrialState.FAIL
+                self.study.tell(trial, state=state)
 
     def finished(self) -> list[FrozenTrial]:
         """Return the trials that ran to the end, best first goal first."""
@@ -156,12 +160,8 @@ class Search:
     def _unfinished(self) -> Job | None:
         """Return a trial that was running when an earlier driver was killed."""
         live = {job.number for job in self.live if not job.confirms}
-        for trial in self.trials():
-            if trial.state == TrialState.RUNNING and trial.number not in live:
-                if "values" in trial.user_attrs:
-                    return self._job(trial.number, trial.user_attrs["values"])
-                self._refuse(self._resumed(trial), "the driver was killed while it was drawn")
-        return None
+        running = [t for t in self.trials() if t.state == TrialState.RUNNING and t.number not in live]
+        return self._job(running[0].number, running[0].user_attrs["values"]) if running else None
 
     def _fresh(self) -> Job | None:
         """Draw the next trial, where the budget has one left."""
@@ -169,23 +169,33 @@ class Search:
         if len(begun) >= self.space.budget.trials:
             return None
         tried = [t.user_attrs.get("values") for t in begun]
-        for _ in range(DRAWS):
-            number = len(begun) + sum(
-                "refused" in t.user_attrs for t in self.study.get_trials(deepcopy=False)
-            )
-            self.study.sampler = build_sampler(self.space, number)
-            trial = self.study.ask()
-            values = self._draw(trial)
-            broken = self.plan.broken(values, self.images)
-            if broken is None and values not in tried:
-                trial.set_user_attr("values", values)
+        for draw in range(DRAWS):
+            with self.journal.at_once():
+                trial, values, broken = self._ask(len(begun), tried, at_random=draw >= LEARNED_DRAWS)
+            if broken is None:
                 return self._job(trial.number, values)
-            self._refuse(trial, broken or "it was tried before")
-        if not self.live and not begun:
+        if len(begun) <= 1:
             raise UserError(
                 f"constraints: {DRAWS} draws in a row break '{broken}'; widen the ranges or loosen it"
             )
         return None  # a small space can be used up before the budget is
+
+    def _ask(
+        self, begun: int, tried: list[Any], at_random: bool
+    ) -> tuple[optuna.Trial, dict[str, Any], str | None]:
+        """Draw once; returns trial, values, and why it was refused, or None."""
+        number = begun + sum("refused" in t.user_attrs for t in self.study.get_trials(deepcopy=False))
+        self.study.sampler = build_sampler(self.space, number, at_random)
+        trial = self.study.ask()
+        values = self._draw(trial)
+        broken = self.plan.broken(values, self.images) or ("it was tried before" if values in tried else None)
+        trial.set_constraint("refused", 1.0 if broken else -1.0)
+        if broken is None:
+            trial.set_user_attr("values", values)
+        else:
+            trial.set_user_attr("refused", broken)
+            self.study.tell(trial, state=TrialState.PRUNED)
+        return trial, values, broken
 
     def _draw(self, trial: optuna.Trial) -> dict[str, Any]:
         values: dict[str, Any] = {}
@@ -193,10 +203,6 @@ class Search:
             if dimension in self.plan.active(values):
                 values[dimension.name] = dimension.suggest(trial)
         return values
-
-    def _refuse(self, trial: optuna.Trial, reason: str) -> None:
-        trial.set_user_attr("refused", reason)
-        self.study.tell(trial, state=TrialState.FAIL)
 
     def _job(self, number: int, values: Mapping[str, Any]) -> Job:
         return Job(number, _Values(values), tuple(range(self.space.budget.seeds)))
@@ -234,15 +240,17 @@ def trial_uri(sweep: str, number: int) -> str:
     return f"{sweep}/trials/{number:04d}"
 
 
-def build_sampler(space: Space, number: int) -> BaseSampler:
+def build_sampler(space: Space, number: int, at_random: bool = False) -> BaseSampler:
     """Return the sampler for the draw of trial `number`: what it draws depends on the history and this seed alone."""
     sampler = space.sampler
     seed = int(np.random.SeedSequence((sampler.seed, number)).generate_state(1)[0])
-    if sampler.name == "random":
+    if sampler.name == "random" or at_random:
         return RandomSampler(seed=seed)
     if sampler.name == "nsga2":
         return NSGAIISampler(population_size=sampler.population, seed=seed)
-    return TPESampler(n_startup_trials=sampler.startup, multivariate=True, group=True, seed=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return TPESampler(n_startup_trials=sampler.startup, multivariate=True, group=True, seed=seed)
 
 
 def build_pruner(space: Space) -> optuna.pruners.BasePruner:
