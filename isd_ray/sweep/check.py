@@ -76,8 +76,6 @@ def _checked_base(
             faults.append(f"config: unknown option '{name}'.{nearest(name, names)}")
         elif name in OWN:
             faults.append(f"config: {name}: the sweep sets it; use {OWN[name]}")
-        elif name in space.space:
-            faults.append(f"{name}: both fixed and varied; leave it out of config or of space")
     return space.base(given)
 
 
@@ -203,7 +201,7 @@ def _config_faults(space: Space, base: dict[str, Any], dimensions: list[Dimensio
 
 
 def _default(space: Space, base: dict[str, Any], dimensions: list[Dimension]) -> dict[str, Any]:
-    """Return trial 0: the values that the varied options have when nobody sets them."""
+    """Return trial 0: the values that the varied options have under `config`, or when nobody sets them."""
     config = flatten(space.config_of(base, {}).model_dump())
     values: dict[str, Any] = {}
     for d in dimensions:

@@ -1,6 +1,6 @@
 """A search space as people write it: one YAML file that says what is varied, what is fixed, and what counts.
 
-    config: {method.name: isd_plus}                    # fixed; any option of a run
+    config: {method.name: isd_plus}                    # any option of a run: fixed, or where the search starts
     space:                                             # varied; any option that changes what is learned
       method.temperature: {loguniform: [0.05, 0.5]}
       method.momentum: {loguniform_below_one: [0.9, 0.999]}     # 1 - x is loguniform
@@ -154,7 +154,9 @@ class Space(Section):
     """One search; see the module's docstring."""
 
     description: str = ""
-    config: dict[str, Any] = Field({}, description="Options of every run")
+    config: dict[str, Any] = Field(
+        {}, description="Options of every run; of a varied option, its value in trial 0"
+    )
     space: dict[str, Any] = Field(description="Options that are varied")
     constraints: list[str] = Field([], description="Comparisons that every setting keeps")
     goals: list[str] = Field(

@@ -10,32 +10,33 @@ from typing import Any
 import torch
 
 from isd_ray.config import Config, merge, resolve
+from isd_ray.data.catalog import Splits
 from isd_ray.errors import UserError
 from isd_ray.sweep.check import Plan
 from isd_ray.sweep.search import FAILURE, Job, trial_uri
 from isd_ray.train.folder import RunFolder, load_checkpoint
-from isd_ray.train.trainer import pretrain
+from isd_ray.train.trainer import check_same, check_sizes, prepare, train_prepared
 from isd_ray.train.validation import Row, read_rows
 
 POLL = 0.2  # seconds between two looks at the memory
 
 
-def run_job(plan: Plan, sweep: str, job: Job, gpus: float, tell: Callable[[Row], None]) -> str | None:
-    """Run a job, from its checkpoints where it has any; returns why it failed, or None.
+def run_job(configs: list[Config], memory: float | None, tell: Callable[[Row], None]) -> str | None:
+    """Run a job's runs one after another, from their checkpoints where there are any; returns why it failed, or None.
 
-    tell: called with each row of validation.jsonl and its seed, also those of before an interruption. gpus: of a
-    trial, or of each of its workers; 0: on CPU.
+    memory: GiB past which this process ends itself. tell: called with each row of validation.jsonl and its seed, also
+    those of before an interruption.
     """
-    for seed in job.seeds:
-        config = run_config(plan, sweep, job, seed, gpus)
+    for config in configs:
+        seed = config.train.seed
         folder = RunFolder(f"{config.output}/{config.name}")
         if folder.exists(FAILURE):
             folder.remove(FAILURE)  # of an attempt before this one
-        with MemoryLimit(plan.space.resources.memory, folder):
+        with MemoryLimit(memory, folder):
             try:
                 for row in known_rows(folder):
                     tell(row | {"seed": seed})
-                pretrain(config, lambda row, seed=seed: tell(row | {"seed": seed}))  # type: ignore[misc]
+                train_to_the_end(config, folder, lambda row, seed=seed: tell(row | {"seed": seed}))  # type: ignore[misc]
             except Exception as error:
                 reason = reason_of(error)
                 folder.write_json(FAILURE, {"reason": reason, "traceback": traceback.format_exc()})
@@ -46,8 +47,29 @@ def run_job(plan: Plan, sweep: str, job: Job, gpus: float, tell: Callable[[Row],
     return None
 
 
+def train_to_the_end(config: Config, folder: RunFolder, tell: Callable[[Row], None]) -> None:
+    """Train a run that the driver has prepared, unless it is finished: that is the pretrain job without its test."""
+    if not folder.exists("result.json"):
+        folder.write_json("result.json", train_prepared(config, folder, config.train.device, tell))
+
+
+def prepare_run(config: Config, splits: Splits) -> None:
+    """Fill a run's folder, on the driver: the definitions of data sets do not travel to the nodes of a cluster.
+
+    Raises UserError for a setting that cannot work.
+    """
+    folder = RunFolder(f"{config.output}/{config.name}")
+    if folder.exists("config.yaml"):
+        check_same(config, folder)
+    check_sizes(config, splits.train, quiet=True)
+    prepare(config, folder, splits)
+
+
 def run_config(plan: Plan, sweep: str, job: Job, seed: int, gpus: float) -> Config:
-    """Return the configuration of one run; `jobs/pretrain.py --config` repeats it."""
+    """Return the configuration of one run; `jobs/pretrain.py --config` repeats it.
+
+    gpus: of a trial, or of each of its workers; 0: on CPU.
+    """
     resources = plan.space.resources
     options: dict[str, Any] = {
         **plan.space.run_options(job.values, seed),

@@ -3,6 +3,9 @@
 What is tried and what is stopped is `Search`'s business; Tune's own state is not kept (docs/design.md 5a says why).
 """
 
+import functools
+import json
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -10,14 +13,15 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.tune.execution.placement_groups import PlacementGroupFactory
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
+from isd_ray.config import Config, validate
 from isd_ray.errors import UserError
 from isd_ray.sweep.check import Plan
 from isd_ray.sweep.search import DONE, FAILURE, Job, Search
-from isd_ray.sweep.trial import run_job
+from isd_ray.sweep.trial import prepare_run, run_config, run_job
+from isd_ray.train.trainer import open_splits
 
 DATA_CPUS = 1  # CPUs that trials leave to the tasks that read images: without any they would wait for ever
 Event = Callable[[str, Job, dict[str, Any]], None]  # ("started" | "row" | "ended", job, numbers)
@@ -53,29 +57,35 @@ def room(plan: Plan) -> tuple[int, float]:
 
 def run(plan: Plan, search: Search, concurrent: int, gpus: float, notify: Event) -> None:
     """Run jobs until the search has none left. A job that fails, or whose process dies, does not end it."""
-    uri, jobs = search.folder.uri, _Jobs(search, concurrent, notify)
-    workers = int(plan.base["train"].get("workers", 0))
-    resources = plan.space.resources
+    uri, resources = search.folder.uri, plan.space.resources
+    workers, memory = int(plan.base["train"].get("workers", 0)), resources.memory
+    open_once = functools.lru_cache(maxsize=2)(lambda data: open_splits(validate(json.loads(data))))
+
+    def prepared(job: Job, seed: int) -> Config:
+        config = run_config(plan, uri, job, seed, gpus)
+        splits = open_once(config.model_dump_json(include={"data": True, "evaluate": {"bank"}}))
+        prepare_run(config, splits)
+        return config
+
+    jobs = _Jobs(search, concurrent, notify, prepared)
 
     def trial(config: dict[str, Any]) -> None:
-        job = Job(**(config["job"] | {"seeds": tuple(config["job"]["seeds"])}))
-        failure = run_job(plan, uri, job, gpus, lambda row: tune.report({"row": row}))
+        configs = [validate(values) for values in config["runs"]]
+        failure = run_job(configs, memory, lambda row: tune.report({"row": row}))
         if failure:
             tune.report({"failure": failure})
 
-    bundle = {"CPU": float(resources.cpus)} | ({"GPU": gpus} if gpus else {})
-    if workers:
-        bundle = {
-            "CPU": 0.0
-        }  # the workers take a placement group of their own; a driver that took a CPU could starve it
+    # With workers the driver takes next to nothing: they have a placement group of their own, which it could starve.
+    takes = {"cpu": 0.001} if workers else {"cpu": float(resources.cpus), "gpu": gpus}
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it misses the loggers that are turned off
     name = f"tune-{os.getpid()}-{os.urandom(4).hex()}"
     tuner = tune.Tuner(
-        tune.with_resources(trial, PlacementGroupFactory([bundle])),
+        tune.with_resources(trial, takes),
         tune_config=tune.TuneConfig(
             search_alg=_Suggest(jobs),
             scheduler=_Stop(jobs),
             num_samples=-1,
-            reuse_actors=not workers and not resources.memory,
+            reuse_actors=not workers and not memory,
         ),
         run_config=tune.RunConfig(
             name=name,
@@ -93,10 +103,21 @@ def run(plan: Plan, search: Search, concurrent: int, gpus: float, notify: Event)
 class _Jobs:
     """Which of Tune's trials is which job."""
 
-    def __init__(self, search: Search, concurrent: int, notify: Event) -> None:
-        self.search, self.concurrent, self.notify = search, concurrent, notify
+    def __init__(
+        self, search: Search, concurrent: int, notify: Event, prepared: Callable[[Job, int], Config]
+    ) -> None:
+        self.search, self.concurrent, self.notify, self.prepared = search, concurrent, notify, prepared
         self.by_trial: dict[str, Job] = {}
         self.lost: dict[str, str] = {}
+
+    def ended(self, job: Job, failure: str | None) -> None:
+        """Pass the end of a job on."""
+        self.search.ended(job, failure)
+        self.notify("ended", job, {"failure": failure})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its searcher and scheduler; what is to be kept of ours stands in the journal."""
+        return {}
 
 
 class _Suggest(Searcher):
@@ -110,28 +131,23 @@ class _Suggest(Searcher):
         jobs = self.jobs
         if len(jobs.by_trial) >= jobs.concurrent:
             return None
-        job = jobs.search.next()
-        if job == DONE:
-            return Searcher.FINISHED
-        if not isinstance(job, Job):
-            return None
-        jobs.by_trial[trial_id] = job
-        jobs.notify("started", job, {})
-        plain = {
-            "number": job.number,
-            "values": dict(job.values),
-            "seeds": list(job.seeds),
-            "confirms": job.confirms,
-        }
-        return {"job": plain}
+        while isinstance(job := jobs.search.next(), Job):
+            jobs.notify("started", job, {})
+            try:
+                runs = [jobs.prepared(job, seed).model_dump() for seed in job.seeds]
+            except UserError as error:  # a setting that cannot work, like a batch larger than the data set
+                jobs.ended(job, str(error))
+                continue
+            jobs.by_trial[trial_id] = job
+            return {"runs": runs}
+        return Searcher.FINISHED if job == DONE else None
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         job = self.jobs.by_trial.pop(trial_id)
         failure = (
             self.jobs.lost.pop(trial_id, "its process ended") if error else (result or {}).get("failure")
         )
-        self.jobs.search.ended(job, failure)
-        self.jobs.notify("ended", job, {"failure": failure})
+        self.jobs.ended(job, failure)
 
     def save(self, checkpoint_path: str) -> None:
         """Tune asks for a file; what there is to save stands in the journal already."""

@@ -26,7 +26,7 @@ from isd_ray.train.evaluation import evaluate_run, hold_out
 from isd_ray.train.folder import RunFolder, checkpoint_names, load_checkpoint
 from isd_ray.train.loop import train
 from isd_ray.train.state import build_state
-from isd_ray.train.validation import watched_tables
+from isd_ray.train.validation import WATCHED, how_watched, watched_tables
 
 # Options that may change between the start of a run and its continuation: they do not change what is learned.
 FREE = {
@@ -56,18 +56,26 @@ def pretrain(config: Config, tell: cluster.Tell | None = None) -> dict[str, Any]
     device = cluster.choose_device(config)
     splits = open_splits(config)
     check_sizes(config, splits.train)
-    prepare_folder(config, folder, splits)
+    prepare(config, folder, splits)
     say(f"run folder: {folder.uri}")
-    started = time.monotonic()
-    cluster.run_workers(train, config, folder, device, tell)
-    seconds = {"train": round(time.monotonic() - started, 1)}
-    export(config, folder)
-    result = summary(config, folder, seconds)
+    result = train_prepared(config, folder, device, tell)
     if config.evaluate.enabled:
+        seconds = result["seconds"]
         result |= cluster.run_on(device, evaluate_run, config, folder, splits, device)
         result["seconds"] = seconds | result["seconds"]
     folder.write_json("result.json", result)
     return result
+
+
+def train_prepared(
+    config: Config, folder: RunFolder, device: str, tell: cluster.Tell | None = None
+) -> dict[str, Any]:
+    """Train in a folder that `prepare` has filled, from its newest checkpoint; returns all but the evaluation."""
+    started = time.monotonic()
+    cluster.run_workers(train, config, folder, device, tell)
+    seconds = {"train": round(time.monotonic() - started, 1)}
+    export(config, folder)
+    return summary(config, folder, seconds)
 
 
 def run_uri(config: Config) -> str:
@@ -122,8 +130,11 @@ def open_splits(config: Config) -> Splits:
     return hold_out(config, splits) if data.validation else splits
 
 
-def check_sizes(config: Config, table: pa.Table) -> None:
-    """Compare batch and queue (of a method that has one) with the number of images; say what a large queue means."""
+def check_sizes(config: Config, table: pa.Table, quiet: bool = False) -> None:
+    """Compare batch and queue (of a method that has one) with the number of images; say what a large queue means.
+
+    Raises UserError for sizes that cannot work.
+    """
     images, queue, train = table.num_rows, config.queue.size, config.train
     ranks = max(train.workers, 1)
     if train.batch_size // ranks < 2 * train.accumulate:
@@ -141,7 +152,7 @@ def check_sizes(config: Config, table: pa.Table) -> None:
         raise UserError(
             f"--queue.size {queue}: the data set has {images:,} images; use at most a quarter ({images // 4:,})"
         )
-    if queue > images / 4:
+    if queue > images / 4 and not quiet:
         masked = (
             "its own anchors are masked" if config.queue.exclude_own else "its own anchors are NOT masked"
         )
@@ -151,11 +162,12 @@ def check_sizes(config: Config, table: pa.Table) -> None:
         )
 
 
-def prepare_folder(config: Config, folder: RunFolder, splits: Splits) -> None:
+def prepare(config: Config, folder: RunFolder, splits: Splits) -> None:
     """Write what the run is made of: its options and its rows. A continued run keeps the rows it began with."""
     tables = {"selection.parquet": splits.train}
     if config.evaluate.every:
         tables |= watched_tables(config, splits)
+        folder.write_json(WATCHED, how_watched(config, splits))
     for name, table in tables.items():
         if not folder.exists(name):
             sink = io.BytesIO()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from isd_ray.config import Config
 from isd_ray.data.augment import center_view
-from isd_ray.data.catalog import Splits, load_definition
+from isd_ray.data.catalog import Splits
 from isd_ray.data.index import class_counts, classes
 from isd_ray.errors import UserError
 from isd_ray.evaluate.protocols import evaluate_encoders
@@ -23,6 +23,7 @@ from isd_ray.train.folder import RunFolder
 from isd_ray.train.state import State, Worker
 
 FILE = "validation.jsonl"
+WATCHED = "watched.json"
 Row = dict[str, Any]
 
 
@@ -35,6 +36,11 @@ def watched_tables(config: Config, splits: Splits) -> dict[str, pa.Table]:
             "set is looked at once, when the run is over"
         )
     return {"bank.parquet": bank, "validation.parquet": splits.test}
+
+
+def how_watched(config: Config, splits: Splits) -> dict[str, Any]:
+    """Return what the evaluation on the way must know of the data set, whose definition stays with the driver."""
+    return {"bank_name": bank_name(config, splits.definition), "groups": grouping(splits.definition)}
 
 
 def read_rows(folder: RunFolder) -> list[Row]:
@@ -100,7 +106,7 @@ class Watch:
         selection, bank, held = (self.table(name) for name in ("selection", "bank", "validation"))
         if self.images is None:
             self.images = (*load_labelled(bank, self.config), *load_labelled(held, self.config))
-        data, definition = self.config.data, load_definition(self.config.data.dataset)
+        data = self.config.data
 
         def view(images: Tensor) -> Tensor:
             return center_view(images, data.image_size, data.mean, data.std)
@@ -111,8 +117,7 @@ class Watch:
             view=view,
             classes=len(classes(selection)),
             train_counts=class_counts(selection).tolist(),
-            groups=grouping(definition),
-            bank_name=bank_name(self.config, definition),
+            **self.folder.read_json(WATCHED),
             with_pixels=False,
             batch_size=self.config.evaluate.batch_size,
             device=self.worker.device,
