@@ -29,7 +29,13 @@ class FolderJournal(BaseJournalBackend):
         if self.lines and not _is_whole(self.lines[-1]):
             self.lines.pop()
         folder.write(FILE, "".join(self.lines).encode())
-        self.entries: list[dict[str, Any]] = [entry for line in self.lines for entry in json.loads(line)]
+        self.entries: list[dict[str, Any]] = []
+        for number, line in enumerate(self.lines, 1):
+            if not _is_whole(line) or not isinstance(json.loads(line), list):
+                raise UserError(
+                    f"{folder.uri}/{FILE}: line {number} is damaged; cut the file before it, or start anew"
+                )
+            self.entries += json.loads(line)
         self.held: list[dict[str, Any]] | None = None
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:

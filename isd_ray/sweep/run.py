@@ -8,7 +8,7 @@ import yaml
 from isd_ray import session
 from isd_ray.config import Config, flatten, merge
 from isd_ray.errors import UserError
-from isd_ray.sweep import results
+from isd_ray.sweep import report, results
 from isd_ray.sweep.check import Plan, check, resolved
 from isd_ray.sweep.journal import only_driver
 from isd_ray.sweep.live import Board, short
@@ -54,6 +54,7 @@ def sweep(
             tune.run(plan, search, concurrent, gpus, board)
         outcome = results.collect(search)
         results.write(plan, search, outcome)
+        report.write(plan, folder, name, outcome)
     finally:
         if lock:
             lock.close()

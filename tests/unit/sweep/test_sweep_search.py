@@ -256,6 +256,12 @@ def test_what_is_found_is_written(whole, tmp_path):
     assert best.train.workers == 1
 
 
+def test_a_damaged_journal_is_named(tmp_path):
+    (tmp_path / FILE).write_text("[]\nnot JSON\n[]\n")
+    with pytest.raises(UserError, match=r"journal.jsonl: line 2 is damaged"):
+        search_in(tmp_path)
+
+
 def test_two_drivers_cannot_work_on_one_sweep(tmp_path):
     folder = RunFolder(str(tmp_path))
     held = only_driver(folder)
