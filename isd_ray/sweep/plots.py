@@ -31,6 +31,12 @@ def last_value(trial: Trial, goal: int = 0) -> float | None:
     return curve[-1][1][goal] if curve else None
 
 
+def reached_by_all(plan: Plan) -> int:
+    """Return the epoch before which no trial is stopped."""
+    space = plan.space
+    return space.budget.epochs if space.scheduler.name == "none" else space.scheduler.grace
+
+
 def history(plan: Plan, outcome: Outcome) -> Figure:
     """Goal by trial, and the best of the finished ones so far."""
     figure, axes = _figure(plan.space.goals[0])
@@ -89,7 +95,10 @@ def slices(plan: Plan, outcome: Outcome) -> Figure:
 
 
 def contour(plan: Plan, outcome: Outcome) -> Figure | None:
-    """Goal over pairs of temperature, momentum and queue size, as far as they are varied; else None."""
+    """Goal over pairs of temperature, momentum and queue size, as far as they are varied; else None.
+
+    The goal is that after the epoch which all trials reach: a stopped trial had fewer epochs to get anywhere.
+    """
     varied = [d for name in CONTOUR for d in plan.dimensions if d.name == name]
     pairs = list(combinations(varied, 2))
     if not pairs:
@@ -98,9 +107,10 @@ def contour(plan: Plan, outcome: Outcome) -> Figure | None:
     figure = Figure(figsize=(3.4 * columns, 2.9 * -(-len(pairs) // columns)), layout="constrained")
     for i, (a, b) in enumerate(pairs):
         axes = figure.add_subplot(-(-len(pairs) // columns), columns, i + 1)
-        trials = [t for t in _measured(outcome) if a.name in t.values and b.name in t.values]
+        trials = [t for t in outcome.trials if _at(t, reached_by_all(plan)) is not None]
+        trials = [t for t in trials if a.name in t.values and b.name in t.values]
         x, y = ([_place(d, t.values[d.name]) for t in trials] for d in (a, b))
-        value = [last_value(t) for t in trials]
+        value = [_at(t, reached_by_all(plan)) for t in trials]
         _surface(axes, np.array(x), np.array(y), np.array(value, dtype=float))
         for trial, u, v in zip(trials, x, y, strict=True):
             _dot(axes, u, v, trial, outcome)
@@ -117,12 +127,11 @@ def parallel(plan: Plan, outcome: Outcome) -> Figure:
     values = np.array([last_value(t) for t in trials], dtype=float)
     shade = matplotlib.colors.Normalize(values.min(), max(values.max(), values.min() + 1e-6))
     for trial, value in zip(trials, values, strict=True):
-        heights = [
-            _height(d, trial.values[d.name]) if d.name in trial.values else np.nan for d in plan.dimensions
-        ]
-        heights.append(float(shade(value)))
+        own = [i for i, d in enumerate(plan.dimensions) if d.name in trial.values]
+        heights = [_height(plan.dimensions[i], trial.values[plan.dimensions[i].name]) for i in own]
+        places, heights = [*own, len(plan.dimensions)], [*heights, float(shade(value))]
         colour = WINNER if trial is outcome.winner else matplotlib.colormaps["viridis"](shade(value))
-        axes.plot(heights, color=colour, linewidth=2.2 if trial is outcome.winner else 1, alpha=0.9)
+        axes.plot(places, heights, color=colour, linewidth=2.2 if trial is outcome.winner else 1, alpha=0.9)
     names = [*(d.name.split(".", 1)[1] for d in plan.dimensions), plan.space.goals[0]]
     ends = [*(_ends(d) for d in plan.dimensions), (f"{values.min():.1f} %", f"{values.max():.1f} %")]
     axes.set_xticks(range(len(names)), [f"{n}\n{low} … {high}" for n, (low, high) in zip(names, ends, strict=True)],
@@ -138,9 +147,8 @@ def importance(plan: Plan, outcome: Outcome) -> tuple[Figure, str] | None:
 
     After the first epoch at which trials are stopped, which all reach, and after the last. None: too few trials.
     """
-    first = plan.space.scheduler.grace if plan.space.scheduler.name != "none" else plan.space.budget.epochs
     bars, notes = {}, []
-    for epoch in dict.fromkeys((first, plan.space.budget.epochs)):
+    for epoch in dict.fromkeys((reached_by_all(plan), plan.space.budget.epochs)):
         points = [(t, v) for t in outcome.trials if (v := _at(t, epoch)) is not None]
         shares = importances(plan.dimensions, points)
         notes.append(f"epoch {epoch}: {len(points)} trials{'' if shares else ', too few or all alike'}")
@@ -264,7 +272,7 @@ def _label_axis(
         back = {"loguniform_below_one": lambda p: 1 - 10.0**-p, "loguniform": lambda p: 10.0**p}
         back["logint"] = back["loguniform"]
         marks = [back.get(dimension.kind, float)(p) for p in places]
-    texts = [m if isinstance(m, str) else f"{m:.3g}" if isinstance(m, int | float) else str(m) for m in marks]
+    texts = [m if isinstance(m, str) else f"{m:.4g}" if isinstance(m, int | float) else str(m) for m in marks]
     (ticks or axes.set_xticks)([_place(dimension, m) for m in marks], texts, fontsize=7)
     (label or axes.set_xlabel)(dimension.name, fontsize=8)
 

@@ -106,7 +106,7 @@ def _figures(plan: Plan, outcome: Outcome) -> Iterator[str]:
         yield "<h2>Which options mattered</h2><p>Too few trials to say.</p>"
     yield _picture("One option at a time", plots.slices(plan, outcome), note)
     if (surface := plots.contour(plan, outcome)) is not None:
-        caption = f"Interpolated between trials. {note}"
+        caption = f"After epoch {plots.reached_by_all(plan)}, which all trials reach; interpolated. {note}"
         yield _picture("Temperature, momentum and queue size", surface, caption)
     yield _picture("Parallel coordinates", plots.parallel(plan, outcome), "Orange: the winner.")
 
