@@ -127,5 +127,5 @@ def _tail(plan: Plan, outcome: Outcome) -> Iterator[str]:
     yield f"Up to {space.validation.per_class} labelled training images of a class are held out of pretraining and of "
     yield f"the bank; goals are measured on them every {space.validation.every} epochs, {space.budget.epochs} in all. "
     yield f"Scheduler {space.scheduler.name}, sampler {space.sampler.name} (seed {space.sampler.seed}). The best "
-    yield f"{space.confirm.best} and the default ran again with {space.confirm.seeds} further seeds. "
+    yield f"{space.confirm.best} and the default ran again, {space.confirm.seeds} times each with another seed. "
     yield "trials.parquet and curves.parquet hold the numbers, space.yaml the space, trials/ every run.</p>"

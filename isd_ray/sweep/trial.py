@@ -15,28 +15,28 @@ from isd_ray.errors import UserError
 from isd_ray.sweep.check import Plan
 from isd_ray.sweep.search import FAILURE, Job, trial_uri
 from isd_ray.train.folder import RunFolder, load_checkpoint
-from isd_ray.train.trainer import check_same, check_sizes, prepare, train_prepared
+from isd_ray.train.trainer import check_same, check_sizes, export, prepare, summary, train_prepared
 from isd_ray.train.validation import Row, read_rows
 
 POLL = 0.2  # seconds between two looks at the memory
 
 
-def run_job(configs: list[Config], memory: float | None, tell: Callable[[Row], None]) -> str | None:
+def run_job(
+    configs: list[Config], memory: float | None, tell: Callable[[Row, RunFolder], bool]
+) -> str | None:
     """Run a job's runs one after another, from their checkpoints where there are any; returns why it failed, or None.
 
     memory: GiB past which this process ends itself. tell: called with each row of validation.jsonl and its seed, also
-    those of before an interruption.
+    those of before an interruption, and with the run's folder; it returns whether the job is to stop there.
     """
     for config in configs:
-        seed = config.train.seed
         folder = RunFolder(f"{config.output}/{config.name}")
         if folder.exists(FAILURE):
             folder.remove(FAILURE)  # of an attempt before this one
         with MemoryLimit(memory, folder):
             try:
-                for row in known_rows(folder):
-                    tell(row | {"seed": seed})
-                train_to_the_end(config, folder, lambda row, seed=seed: tell(row | {"seed": seed}))  # type: ignore[misc]
+                if not train_to_the_end(config, folder, tell):
+                    return None
             except Exception as error:
                 reason = reason_of(error)
                 folder.write_json(FAILURE, {"reason": reason, "traceback": traceback.format_exc()})
@@ -47,10 +47,27 @@ def run_job(configs: list[Config], memory: float | None, tell: Callable[[Row], N
     return None
 
 
-def train_to_the_end(config: Config, folder: RunFolder, tell: Callable[[Row], None]) -> None:
-    """Train a run that the driver has prepared, unless it is finished: that is the pretrain job without its test."""
-    if not folder.exists("result.json"):
-        folder.write_json("result.json", train_prepared(config, folder, config.train.device, tell))
+def train_to_the_end(config: Config, folder: RunFolder, tell: Callable[[Row, RunFolder], bool]) -> bool:
+    """Train a run that the driver has prepared, unless it is finished; tell whether it came to its end.
+
+    That is the pretrain job without its test.
+    """
+    stopped = False
+
+    def listen(row: Row) -> bool:
+        nonlocal stopped
+        stopped = tell(row | {"seed": config.train.seed}, folder)
+        return stopped
+
+    if any(listen(row) for row in known_rows(folder)):
+        return False
+    if folder.exists("result.json"):
+        return True
+    seconds = train_prepared(config, folder, config.train.device, listen)
+    if not stopped:
+        export(config, folder)
+        folder.write_json("result.json", summary(config, folder, seconds))
+    return not stopped
 
 
 def prepare_run(config: Config, splits: Splits) -> None:

@@ -21,9 +21,12 @@ from isd_ray.errors import UserError
 from isd_ray.sweep.check import Plan
 from isd_ray.sweep.search import DONE, FAILURE, Job, Search
 from isd_ray.sweep.trial import prepare_run, run_config, run_job
+from isd_ray.train.folder import RunFolder
 from isd_ray.train.trainer import open_splits
+from isd_ray.train.validation import Row
 
 DATA_CPUS = 1  # CPUs that trials leave to the tasks that read images: without any they would wait for ever
+STOP = "stop"  # file in the folder of a run that is to end
 Event = Callable[[str, Job, dict[str, Any]], None]  # ("started" | "row" | "ended", job, numbers)
 
 
@@ -71,7 +74,7 @@ def run(plan: Plan, search: Search, concurrent: int, gpus: float, notify: Event)
 
     def trial(config: dict[str, Any]) -> None:
         configs = [validate(values) for values in config["runs"]]
-        failure = run_job(configs, memory, lambda row: tune.report({"row": row}))
+        failure = run_job(configs, memory, report_row)
         if failure:
             tune.report({"failure": failure})
 
@@ -98,6 +101,12 @@ def run(plan: Plan, search: Search, concurrent: int, gpus: float, notify: Event)
         tuner.fit()
     finally:
         search.folder.remove_folder("ray")  # Tune's own notes; ours are the journal and the run folders
+
+
+def report_row(row: Row, run: RunFolder) -> bool:
+    """Report a row from a trial's process, which waits for the search; tell whether the trial is to stop."""
+    tune.report({"row": row})
+    return run.exists(STOP)
 
 
 class _Jobs:
@@ -158,7 +167,11 @@ class _Suggest(Searcher):
 
 
 class _Stop(FIFOScheduler):
-    """Asks the search, at every row, whether the trial goes on."""
+    """Asks the search, at every row, whether the trial goes on.
+
+    A trial that does not is asked to end, through a file in its run's folder. Tune's own STOP would take its process
+    away under Ray Train, which then leaves the workers' placement group behind until the driver ends (Ray 2.60).
+    """
 
     def __init__(self, jobs: _Jobs) -> None:
         super().__init__()
@@ -170,8 +183,10 @@ class _Stop(FIFOScheduler):
         if job is None or not row or result.get("done"):  # the last result comes a second time, as the end
             return self.CONTINUE
         stop = self.jobs.search.heard(job, row)
+        if stop:
+            self.jobs.search.run_folder(job.number, row["seed"]).write(STOP, b"")
         self.jobs.notify("row", job, row | {"stop": stop})
-        return self.STOP if stop else self.CONTINUE
+        return self.CONTINUE
 
     def on_trial_error(self, controller: Any, trial: Any) -> None:
         """A process died: find out why before the search is told."""

@@ -60,14 +60,14 @@ def build_stream(config: Config, folder: RunFolder, worker: Worker) -> Stream:
 
 
 def run_epochs(config: Config, folder: RunFolder, worker: Worker, stream: Stream, state: State) -> None:
-    """The loop itself, from `state.step` to the end."""
+    """The loop itself, from `state.step` to the end, or to where it is told to stop."""
     total = config.train.epochs * stream.steps
     rates = learning_rates(config.train, stream.steps)
     momenta = teacher_momenta(config.method.momentum, config.method.momentum_schedule, total)
     model = distribute(state, config, worker)
     log = Log(config, folder, worker, stream.steps, state.step)
     watch = Watch(config, folder, worker, stream.steps, state.step)
-    while state.step < total:
+    while state.step < total and not watch.stop:
         epoch, start = divmod(state.step, stream.steps)
         for batch in log.waiting(stream.epoch(epoch, start=start)):
             rate, due = float(rates[state.step]), log.due(state.step + 1)

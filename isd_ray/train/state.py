@@ -20,14 +20,15 @@ from isd_ray.train.optim import build_optimizer
 class Worker:
     """This process among the workers, the device that it computes on, and where its lines for the user go.
 
-    tell: passes numbers measured on the way to whoever started the run; None where nobody listens.
+    tell: passes numbers measured on the way to whoever started the run, who answers whether to stop here; None where
+    nobody listens.
     """
 
     rank: int
     world: int
     device: torch.device
     out: TextIO
-    tell: Callable[[dict[str, Any]], None] | None = None
+    tell: Callable[[dict[str, Any]], bool] | None = None
 
 
 @dataclass

@@ -40,7 +40,8 @@ FREE_SECTIONS = ("evaluate.",)
 def pretrain(config: Config, tell: cluster.Tell | None = None) -> dict[str, Any]:
     """Train and evaluate one run; returns what is written to result.json.
 
-    tell: called with each row of validation.jsonl (`--evaluate.every`) as soon as it is measured.
+    tell: called with each row of validation.jsonl (`--evaluate.every`) as soon as it is measured; where it returns True
+    the run ends there.
 
     A run of the same name that was interrupted continues from its newest checkpoint; a finished one is returned as it
     is. Raises UserError, before anything is written, for input that cannot work.
@@ -58,9 +59,10 @@ def pretrain(config: Config, tell: cluster.Tell | None = None) -> dict[str, Any]
     check_sizes(config, splits.train)
     prepare(config, folder, splits)
     say(f"run folder: {folder.uri}")
-    result = train_prepared(config, folder, device, tell)
+    seconds = train_prepared(config, folder, device, tell)
+    export(config, folder)
+    result = summary(config, folder, seconds)
     if config.evaluate.enabled:
-        seconds = result["seconds"]
         result |= cluster.run_on(device, evaluate_run, config, folder, splits, device)
         result["seconds"] = seconds | result["seconds"]
     folder.write_json("result.json", result)
@@ -69,13 +71,11 @@ def pretrain(config: Config, tell: cluster.Tell | None = None) -> dict[str, Any]
 
 def train_prepared(
     config: Config, folder: RunFolder, device: str, tell: cluster.Tell | None = None
-) -> dict[str, Any]:
-    """Train in a folder that `prepare` has filled, from its newest checkpoint; returns all but the evaluation."""
+) -> dict[str, float]:
+    """Train in a folder that `prepare` has filled, from its newest checkpoint; returns the seconds it took."""
     started = time.monotonic()
     cluster.run_workers(train, config, folder, device, tell)
-    seconds = {"train": round(time.monotonic() - started, 1)}
-    export(config, folder)
-    return summary(config, folder, seconds)
+    return {"train": round(time.monotonic() - started, 1)}
 
 
 def run_uri(config: Config) -> str:

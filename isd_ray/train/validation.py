@@ -10,6 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from isd_ray.config import Config
@@ -67,6 +69,7 @@ class Watch:
         self.config, self.folder, self.worker, self.steps = config, folder, worker, steps
         self.images: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self.rows: list[Row] = []
+        self.stop = False  # whoever listens wants no more of this run; alike on all ranks
         if config.evaluate.every and worker.rank == 0:
             self.rows = [row for row in read_rows(folder) if row["step"] <= step]
 
@@ -78,8 +81,11 @@ class Watch:
             row = self.row(state)
             self.rows.append(row)
             self.folder.write(FILE, "".join(json.dumps(r) + "\n" for r in self.rows).encode())
-            if self.worker.tell:
-                self.worker.tell(row)
+            self.stop = bool(self.worker.tell and self.worker.tell(row))
+        if self.worker.world > 1:
+            stop = torch.tensor(float(self.stop), device=self.worker.device)
+            dist.broadcast(stop, src=0)
+            self.stop = bool(stop)
         return True
 
     def due(self, step: int) -> bool:

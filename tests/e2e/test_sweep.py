@@ -192,8 +192,12 @@ def test_a_run_is_evaluated_on_the_way_on_images_that_it_does_not_train_on(
     from isd_ray.config import resolve
     from isd_ray.train.trainer import pretrain
 
+    def tell(row: dict) -> bool:
+        told.append(row)
+        return False
+
     options = {"data.validation": 10, "evaluate.every": 2, "evaluate.enabled": True, "evaluate.linear": False}
-    result = pretrain(resolve(tiny_options | options), told.append)
+    result = pretrain(resolve(tiny_options | options), tell)
     folder = RunFolder(f"{tiny_options['output']}/run")
     rows = read_rows(folder)
     assert told == rows
