@@ -12,6 +12,9 @@ RAY_SETTINGS = {  # Ray reads them when it is imported, hence here; what the use
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the controller's poll; the default of 2 s delays start and end
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # hundreds of lines in a job's log
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # Tune then says nothing where it is asked to: the sweep has a table of its own
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run folders hold what its CSV, JSON and TensorBoard would
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends a sweep at once; the same command goes on
 }
 for _name, _value in RAY_SETTINGS.items():
     os.environ.setdefault(_name, _value)

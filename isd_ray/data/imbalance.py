@@ -168,11 +168,14 @@ def _shuffled(known: np.ndarray, c: int, seed: int, stream: int) -> np.ndarray:
     return _rng(seed, stream, c).permutation(np.flatnonzero(known == c))
 
 
-def split_holdout(table: pa.Table, per_class: int, seed: int = 0) -> tuple[pa.Table, pa.Table]:
-    """Return (rest, held out), with `per_class` random images of every class held out."""
+def split_holdout(
+    table: pa.Table, per_class: int, seed: int = 0, most: float = 1.0
+) -> tuple[pa.Table, pa.Table]:
+    """Return (rest, held out), with `per_class` random images of every class held out, but at most the share `most`."""
     require_labels(table, "a holdout")
     known = labels(table)
-    held = [_shuffled(known, int(c), seed, _HOLDOUT)[:per_class] for c in np.unique(known)]
+    rows = [_shuffled(known, int(c), seed, _HOLDOUT) for c in np.unique(known)]
+    held = [r[: min(per_class, int(most * len(r)))] for r in rows]
     out = np.zeros(len(table), bool)
     out[np.concatenate(held)] = True
     return table.take(np.flatnonzero(~out)), table.take(np.flatnonzero(out))

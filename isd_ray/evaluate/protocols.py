@@ -45,7 +45,7 @@ def evaluate_features(
     *,
     classes: int,
     train_counts: Sequence[int] | Tensor,
-    groups: str = "thirds",
+    groups: str | Mapping[str, int] = "thirds",
     knn_metrics: Sequence[str] = tuple(PROTOCOL),
     linear: bool = True,
     linear_recipe: LinearRecipe = ISD_RECIPE,
@@ -57,11 +57,11 @@ def evaluate_features(
     classifier.
 
     train_counts [C]: images a class in the *pretraining* subset, from which the groups follow (see
-    `class_groups`). Returns, in percent: `metrics` {metric: accuracy}, `class_mean` {metric: %}, `groups`
-    {metric: {group: %}}, `std` {metric: %}, `per_class` {metric: [C]}, and `protocol`. A metric whose k
-    exceeds the bank is None everywhere and its protocol says so under `left_out`: a 200-NN over fewer images
-    is another metric, so k is never changed silently. Raises UserError for labels out of range, and for
-    features that are not finite (a diverged model).
+    `class_groups`); groups: their rule, or thresholds {"many": 100, "few": 20}. Returns, in percent: `metrics`
+    {metric: accuracy}, `class_mean` {metric: %}, `groups` {metric: {group: %}}, `std` {metric: %}, `per_class`
+    {metric: [C]}, and `protocol`. A metric whose k exceeds the bank is None everywhere and its protocol says so
+    under `left_out`: a 200-NN over fewer images is another metric, so k is never changed silently. Raises
+    UserError for labels out of range, and for features that are not finite (a diverged model).
     """
     _check(bank, bank_labels, classes, "bank")
     _check(test, test_labels, classes, "test set")
@@ -69,7 +69,8 @@ def evaluate_features(
         raise UserError(
             f"train_counts has {len(train_counts)} entries for {classes} classes: give one a class."
         )
-    members = class_groups(train_counts, groups)
+    rule: dict[str, Any] = {"by": groups} if isinstance(groups, str) else {"by": "thresholds", **groups}
+    members = class_groups(train_counts, **rule)
     predictions, protocol = _predict_knn(bank, bank_labels, test, knn_metrics, classes, seed, device)
     if linear:
         predictions["linear"], protocol["linear"] = train_linear(
@@ -82,7 +83,7 @@ def evaluate_features(
         )
     protocol["bank"] = _describe_bank(bank_name, bank_labels, classes)
     protocol["test"] = {"images": len(test_labels)}
-    protocol["groups"] = {"by": groups, "classes": members, "train_counts": [int(n) for n in train_counts]}
+    protocol["groups"] = {**rule, "classes": members, "train_counts": [int(n) for n in train_counts]}
     scored = {
         m: p if p is None else scores(p, test_labels.cpu(), classes, members) for m, p in predictions.items()
     }

@@ -17,6 +17,8 @@ from isd_ray.errors import UserError
 from isd_ray.train.folder import RunFolder
 from isd_ray.train.state import Worker
 
+Tell = Callable[[dict[str, Any]], bool]  # a row of validation.jsonl -> stop here?
+
 
 def choose_device(config: Config) -> str:
     """Return "cuda" or "cpu"; raises UserError when the workers ask for more than the cluster has."""
@@ -48,19 +50,31 @@ def default_threads(workers: int) -> int:
 
 
 def run_workers(
-    function: Callable[[Config, RunFolder, Worker], None], config: Config, folder: RunFolder, device: str
+    function: Callable[[Config, RunFolder, Worker], None],
+    config: Config,
+    folder: RunFolder,
+    device: str,
+    tell: Tell | None = None,
 ) -> None:
-    """Run `function` on every Ray Train worker; an error of a worker comes out as the error that it was."""
-    printer = None if config.train.workers == 0 else Printer()
-    lines = printer.lines if printer else None
+    """Run `function` on every Ray Train worker; an error of a worker comes out as the error that it was.
+
+    tell: called here with what rank 0 tells; where it answers True, all workers stop training there.
+    """
+    printer = None if config.train.workers == 0 else Printer(tell)
+    lines, answers = (printer.lines, printer.answers) if printer else (None, None)
+    direct = [None if printer else tell]  # a `tell` of this process does not travel to workers
 
     def worker_loop(_: dict[str, Any]) -> None:
-        context = ray.train.get_context()
-        rank, world = context.get_world_rank(), context.get_world_size()
-        out = sys.stderr if lines is None else cast(TextIO, Outbox(lines))
         if device == "cpu":
             torch.set_num_threads(threads)
-        function(config, RunFolder(folder.uri), Worker(rank, world, get_device(), out))
+        if lines is None:
+            worker = Worker(0, 1, torch.device(device), sys.stderr, direct[0])
+        else:
+            context, out = ray.train.get_context(), Outbox(lines, answers)
+            where = get_device() if device == "cuda" else torch.device(device)
+            rank, world = context.get_world_rank(), context.get_world_size()
+            worker = Worker(rank, world, where, cast(TextIO, out), None if answers is None else out.tell)
+        function(config, RunFolder(folder.uri), worker)
 
     train = config.train
     threads = train.threads or default_threads(train.workers)
@@ -92,12 +106,21 @@ def run_workers(
 class Outbox:
     """A worker's end of the way to the user: what is written here the driver prints."""
 
-    def __init__(self, lines: Queue) -> None:
-        self.lines = lines
+    def __init__(self, lines: Queue, answers: Queue | None = None) -> None:
+        self.lines, self.answers = lines, answers
 
     def write(self, text: str) -> None:
         """Send the text; training goes on without waiting for it to be printed."""
         self.lines.actor.put_nowait.remote(text)  # type: ignore[attr-defined]
+
+    def tell(self, numbers: dict[str, Any]) -> bool:
+        """Send numbers, which have a `step`, on the same way and wait for the answer: whether to stop."""
+        assert self.answers is not None
+        self.lines.actor.put_nowait.remote(numbers)  # type: ignore[attr-defined]
+        while True:
+            step, stop = self.answers.get()
+            if step == numbers["step"]:  # else meant for a worker that died before it could hear it
+                return stop
 
     def flush(self) -> None:
         """Nothing is held back."""
@@ -108,22 +131,35 @@ class Outbox:
 
 
 class Printer:
-    """The driver's end: prints the workers' lines as they come, free of the prefixes of Ray's own log."""
+    """The driver's end: prints the workers' lines as they come, free of the prefixes of Ray's own log.
 
-    def __init__(self) -> None:
-        self.lines = Queue(actor_options={"num_cpus": 0})
+    tell: takes the numbers that come on the same way.
+    """
+
+    def __init__(self, tell: Tell | None = None) -> None:
+        self.lines, self.tell = Queue(actor_options={"num_cpus": 0}), tell
+        self.answers = Queue(actor_options={"num_cpus": 0}) if tell else None
         self.thread = threading.Thread(target=self._print, daemon=True)
         self.thread.start()
 
     def _print(self) -> None:
-        while (text := self.lines.get()) is not None:
-            print(text, end="", file=sys.stderr, flush=True)
+        while (sent := self.lines.get()) is not None:
+            if isinstance(sent, str):
+                print(sent, end="", file=sys.stderr, flush=True)
+            elif self.tell is not None and self.answers is not None:
+                stop = False
+                try:
+                    stop = self.tell(sent)
+                finally:
+                    self.answers.put((sent["step"], stop))
 
     def close(self) -> None:
         """Print what is left and stop."""
         self.lines.put(None)
         self.thread.join()
         self.lines.shutdown()
+        if self.answers is not None:  # an empty queue is false
+            self.answers.shutdown()
 
 
 def run_on(device: str, function: Callable[..., Any], *arguments: Any) -> Any:

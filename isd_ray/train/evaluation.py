@@ -4,13 +4,15 @@ import os
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import nn
 
 from isd_ray.config import Config
 from isd_ray.data.augment import center_view
-from isd_ray.data.catalog import Splits
-from isd_ray.data.index import class_counts, classes, labels
+from isd_ray.data.catalog import Definition, Splits
+from isd_ray.data.imbalance import split_holdout
+from isd_ray.data.index import class_counts, classes, labels, root
 from isd_ray.data.stream import ordered
 from isd_ray.errors import UserError
 from isd_ray.evaluate.protocols import evaluate_encoders
@@ -45,8 +47,8 @@ def evaluate_run(
         view=view,
         classes=len(classes(splits.train)),
         train_counts=class_counts(splits.train).tolist(),
-        groups=splits.definition.groups,
-        bank_name=bank_name(config, splits),
+        groups=grouping(splits.definition),
+        bank_name=bank_name(config, splits.definition),
         with_pixels=config.evaluate.baselines,
         batch_size=config.evaluate.batch_size,
         device=where,
@@ -54,6 +56,7 @@ def evaluate_run(
         seed=config.train.seed,
         progress=lambda name: print(f"evaluating {name}", flush=True),
     )
+    result["protocol"]["test"]["name"] = "validation" if config.data.validation else "test"
     return result | {"classes": classes(splits.train)}
 
 
@@ -69,14 +72,45 @@ def networks(config: Config, folder: RunFolder, checkpoint: str | None) -> dict[
     return trained | ({"untrained": untrained} if config.evaluate.baselines else {})
 
 
-def bank_name(config: Config, splits: Splits) -> str:
+def grouping(definition: Definition) -> str | dict[str, int]:
+    """Return how the classes are grouped: "thirds", or thresholds as {"many": 100, "few": 20}."""
+    rule = definition.groups
+    return rule if isinstance(rule, str) else rule.model_dump()
+
+
+def bank_name(config: Config, definition: Definition) -> str:
     """Return "balanced" or "train": accuracies against the two are different metrics."""
-    return splits.definition.bank if config.evaluate.bank == "auto" else config.evaluate.bank
+    return definition.bank if config.evaluate.bank == "auto" else config.evaluate.bank
+
+
+def hold_out(config: Config, splits: Splits) -> Splits:
+    """Return the splits with labelled training images in the place of the test set, taken out of the two others.
+
+    They come from the bank (of which the rarest classes have most images), at most half of a class.
+    """
+    data, bank = config.data, choose_bank(config, splits)
+    assert bank is not None
+    assert data.validation is not None
+    rest, held = split_holdout(bank, data.validation, data.subset_seed, most=0.5)
+    if not len(held):
+        raise UserError(
+            f"--data.validation {data.validation}: no class has two labelled images to hold one out"
+        )
+    train = without(splits.train, held)
+    return splits._replace(train=train, bank=train if bank is splits.train else rest, test=held)
+
+
+def without(table: pa.Table, rows: pa.Table) -> pa.Table:
+    """Return `table` without the images that `rows` names too. Only images of the same shards can be the same."""
+    if root(table) != root(rows):
+        return table
+    name, other = (pc.binary_join_element_wise(t["shard"], t["key"], "\n") for t in (table, rows))
+    return table.filter(pc.invert(pc.is_in(name, value_set=other.combine_chunks())))
 
 
 def choose_bank(config: Config, splits: Splits) -> pa.Table | None:
     """Return the labelled images that queries are compared with."""
-    return splits.train if bank_name(config, splits) == "train" else splits.bank
+    return splits.train if bank_name(config, splits.definition) == "train" else splits.bank
 
 
 def load_labelled(table: pa.Table, config: Config) -> tuple[torch.Tensor, torch.Tensor]:

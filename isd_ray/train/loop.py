@@ -23,6 +23,7 @@ from isd_ray.train.log import Log
 from isd_ray.train.optim import learning_rates, set_rate, teacher_momenta
 from isd_ray.train.parts import Clock
 from isd_ray.train.state import State, Worker, build_state, step_seed
+from isd_ray.train.validation import Watch
 
 
 def train(config: Config, folder: RunFolder, worker: Worker) -> None:
@@ -60,7 +61,7 @@ def build_stream(config: Config, folder: RunFolder, worker: Worker) -> Stream:
 
 
 def run_epochs(config: Config, folder: RunFolder, worker: Worker, stream: Stream, state: State) -> None:
-    """The loop itself, from `state.step` to the end."""
+    """The loop itself, from `state.step` to the end, or to where it is told to stop."""
     total = config.train.epochs * stream.steps
     rates = learning_rates(config.train, stream.steps)
     momenta = teacher_momenta(config.method.momentum, config.method.momentum_schedule, total)
@@ -70,7 +71,8 @@ def run_epochs(config: Config, folder: RunFolder, worker: Worker, stream: Stream
     if worker.world > 1:
         clock.watch_gradients(state.method.encoders()["student"])
     log = Log(config, folder, worker, stream, state.step, clock)
-    while state.step < total:
+    watch = Watch(config, folder, worker, stream.steps, state.step)
+    while state.step < total and not watch.stop:
         epoch, start = divmod(state.step, stream.steps)
         if start == 0:
             state.method.begin_epoch(epoch)
@@ -83,9 +85,11 @@ def run_epochs(config: Config, folder: RunFolder, worker: Worker, stream: Stream
             clock.mark("update")
             loss, diagnostics = train_step(model, state, batch, config, worker, clock, diagnose=due)
             log.add(loss)
-            if due and (log.reduce(state.step, rate, diagnostics) or state.step == total):
-                save(config, folder, worker, state)
-                log.was_saved()
+            if due:
+                timed, watched = log.reduce(state.step, rate, diagnostics), watch(state)
+                if timed or watched or state.step == total:
+                    save(config, folder, worker, state)
+                    log.was_saved()
             clock.mark("log")
     log.close()
 

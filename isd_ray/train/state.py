@@ -1,5 +1,6 @@
 """What changes while training, and what a checkpoint therefore holds."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -21,12 +22,17 @@ from isd_ray.train.teacher import load_teacher
 
 @dataclass
 class Worker:
-    """This process among the workers, the device that it computes on, and where its lines for the user go."""
+    """This process among the workers, the device that it computes on, and where its lines for the user go.
+
+    tell: passes numbers measured on the way to whoever started the run, who answers whether to stop here; None where
+    nobody listens.
+    """
 
     rank: int
     world: int
     device: torch.device
     out: TextIO
+    tell: Callable[[dict[str, Any]], bool] | None = None
 
 
 @dataclass

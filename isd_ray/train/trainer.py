@@ -24,12 +24,13 @@ from isd_ray.evaluate.table import print_table
 from isd_ray.methods import find_method
 from isd_ray.train import cluster
 from isd_ray.train.cost import cost
-from isd_ray.train.evaluation import evaluate_run
+from isd_ray.train.evaluation import evaluate_run, hold_out
 from isd_ray.train.folder import RunFolder, checkpoint_names, load_checkpoint
 from isd_ray.train.loop import train
 from isd_ray.train.parts import run_shares, run_stages, sentence
 from isd_ray.train.state import build_state
 from isd_ray.train.teacher import load_teacher
+from isd_ray.train.validation import WATCHED, how_watched, watched_tables
 
 # Options that may change between the start of a run and its continuation: they do not change what is learned.
 FREE = {
@@ -40,8 +41,11 @@ FREE = {
 FREE_SECTIONS = ("evaluate.",)
 
 
-def pretrain(config: Config) -> dict[str, Any]:
+def pretrain(config: Config, tell: cluster.Tell | None = None) -> dict[str, Any]:
     """Train and evaluate one run; returns what is written to result.json.
+
+    tell: called with each row of validation.jsonl (`--evaluate.every`) as soon as it is measured; where it returns True
+    the run ends there.
 
     A run of the same name that was interrupted continues from its newest checkpoint; a finished one is returned as it
     is. Raises UserError, before anything is written, for input that cannot work.
@@ -58,11 +62,9 @@ def pretrain(config: Config) -> dict[str, Any]:
     device = cluster.choose_device(config)
     splits = open_splits(config)
     check_sizes(config, splits.train)
-    prepare_folder(config, folder, splits.train)
+    prepare(config, folder, splits)
     say(f"run folder: {folder.uri}")
-    started = time.monotonic()
-    cluster.run_workers(train, config, folder, device)
-    seconds = {"train": round(time.monotonic() - started, 1)}
+    seconds = train_prepared(config, folder, device, tell)
     export(config, folder)
     result = summary(config, folder, seconds)
     if config.evaluate.enabled:
@@ -70,6 +72,15 @@ def pretrain(config: Config) -> dict[str, Any]:
         result["seconds"] = seconds | result["seconds"]
     folder.write_json("result.json", result)
     return result
+
+
+def train_prepared(
+    config: Config, folder: RunFolder, device: str, tell: cluster.Tell | None = None
+) -> dict[str, float]:
+    """Train in a folder that `prepare` has filled, from its newest checkpoint; returns the seconds it took."""
+    started = time.monotonic()
+    cluster.run_workers(train, config, folder, device, tell)
+    return {"train": round(time.monotonic() - started, 1)}
 
 
 def run_uri(config: Config) -> str:
@@ -108,9 +119,9 @@ def check_same(config: Config, folder: RunFolder) -> None:
 
 
 def open_splits(config: Config) -> Splits:
-    """Open the data set and choose the pretraining subset."""
+    """Open the data set, choose the pretraining subset and, where asked, hold images out to evaluate on."""
     data = config.data
-    return open_dataset(
+    splits = open_dataset(
         data.dataset,
         root=data.root,
         shards=data.shards,
@@ -121,10 +132,14 @@ def open_splits(config: Config) -> Splits:
         download=data.download,
         **data.scheme_options,
     )
+    return hold_out(config, splits) if data.validation else splits
 
 
-def check_sizes(config: Config, table: pa.Table) -> None:
-    """Compare batch and queue (of a method that has one) with the number of images; say what a large queue means."""
+def check_sizes(config: Config, table: pa.Table, quiet: bool = False) -> None:
+    """Compare batch and queue (of a method that has one) with the number of images; say what a large queue means.
+
+    Raises UserError for sizes that cannot work.
+    """
     images, queue, train = table.num_rows, config.queue.size, config.train
     ranks = max(train.workers, 1)
     if train.batch_size // ranks < 2 * train.accumulate:
@@ -142,7 +157,7 @@ def check_sizes(config: Config, table: pa.Table) -> None:
         raise UserError(
             f"--queue.size {queue}: the data set has {images:,} images; use at most a quarter ({images // 4:,})"
         )
-    if queue > images / 4:
+    if queue > images / 4 and not quiet:
         masked = (
             "its own anchors are masked" if config.queue.exclude_own else "its own anchors are NOT masked"
         )
@@ -152,12 +167,17 @@ def check_sizes(config: Config, table: pa.Table) -> None:
         )
 
 
-def prepare_folder(config: Config, folder: RunFolder, table: pa.Table) -> None:
+def prepare(config: Config, folder: RunFolder, splits: Splits) -> None:
     """Write what the run is made of: its options and its rows. A continued run keeps the rows it began with."""
-    if not folder.exists("selection.parquet"):
-        sink = io.BytesIO()
-        pq.write_table(table, sink)
-        folder.write("selection.parquet", sink.getvalue())
+    tables = {"selection.parquet": splits.train}
+    if config.evaluate.every:
+        tables |= watched_tables(config, splits)
+        folder.write_json(WATCHED, how_watched(config, splits))
+    for name, table in tables.items():
+        if not folder.exists(name):
+            sink = io.BytesIO()
+            pq.write_table(table, sink)
+            folder.write(name, sink.getvalue())
     folder.write("config.yaml", to_yaml(config).encode())
 
 

@@ -1,0 +1,239 @@
+"""All that is wrong with a search space, said at once and before anything starts."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from isd_ray.config import Config, flatten, merge, option_names, resolve, validate
+from isd_ray.errors import UserError, nearest
+from isd_ray.evaluate.protocols import PROTOCOL
+from isd_ray.sweep.constraints import Constraint, parse_constraint
+from isd_ray.sweep.space import Dimension, Space, parse_dimension
+from isd_ray.train.trainer import FREE, FREE_SECTIONS
+
+IMAGES = "data.size"  # in constraints: images of the pretraining set, those held out not counted
+OWN = {  # options that the sweep itself sets, and where the file says it
+    "train.epochs": "budget.epochs", "train.seed": "budget.seeds", "data.validation": "validation.per_class",
+    "evaluate.every": "validation.every", "evaluate.enabled": "validation", "train.threads": "resources.cpus",
+    "train.gpus_per_worker": "resources.gpus", "name": "--name", "output": "--output",
+}  # fmt: skip
+GROUPS = ("many", "medium", "few", "large", "small", "class_mean")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A space that was found good: `base` are the options of every run, `default` the values of trial 0."""
+
+    space: Space
+    base: dict[str, Any]
+    dimensions: tuple[Dimension, ...]
+    constraints: tuple[Constraint, ...]
+    default: dict[str, Any]
+
+    def active(self, values: Mapping[str, Any]) -> list[Dimension]:
+        """Return the dimensions that are varied in a trial with these values."""
+        everything = flatten(self.base) | dict(values)
+        return [d for d in self.dimensions if d.is_active(everything)]
+
+    def broken(self, values: Mapping[str, Any], images: int | None) -> str | None:
+        """Return the first constraint that a setting breaks; those about `data.size` hold where it is None."""
+        if not self.constraints:
+            return None
+        known = flatten(self.space.config_of(self.base, values).model_dump()) | {IMAGES: images}
+        return next((c.text for c in self.constraints if not c.holds(known)), None)
+
+
+def check(space: Space, given: Mapping[str, Any] | None = None) -> Plan:
+    """Return the plan of a space; `given` are options from the command line, which win over the file's.
+
+    Raises UserError that lists every fault.
+    """
+    faults: list[str] = []
+    names = option_names()
+    base = _checked_base(space, given, names, faults)
+    dimensions = [d for name, text in space.space.items() if (d := _dimension(name, text, names, faults))]
+    dimensions = _ordered(dimensions, names, faults)
+    if not space.space:
+        faults.append("space: nothing is varied; name at least one option")
+    constraints = [c for text in space.constraints if (c := _constraint(text, names, faults))]
+    faults += [*_goal_faults(space), *_budget_faults(space)]
+    if not faults:
+        faults += _config_faults(space, base, dimensions)
+    if faults:
+        raise UserError("; ".join(faults))
+    plan = Plan(space, base, tuple(dimensions), tuple(constraints), _default(space, base, dimensions))
+    faults += [f for values in (plan.default, *space.start) for f in _setting_faults(plan, values)]
+    if faults:
+        raise UserError("; ".join(faults))
+    return plan
+
+
+def _checked_base(
+    space: Space, given: Mapping[str, Any] | None, names: list[str], faults: list[str]
+) -> dict[str, Any]:
+    for name in flatten(merge(space.config, given or {})):
+        if name not in names:
+            faults.append(f"config: unknown option '{name}'.{nearest(name, names)}")
+        elif name in OWN:
+            faults.append(f"config: {name}: the sweep sets it; use {OWN[name]}")
+    return space.base(given)
+
+
+def _dimension(name: str, text: Any, names: list[str], faults: list[str]) -> Dimension | None:
+    """Read one dimension and hold its bounds against the option's own range."""
+    if name not in names:
+        faults.append(f"space: unknown option '{name}'.{nearest(name, names)}")
+        return None
+    if name in OWN:
+        faults.append(f"space: {name}: the sweep sets it; use {OWN[name]}")
+        return None
+    if name in FREE or name.startswith(FREE_SECTIONS):
+        faults.append(f"space: {name} does not change what is learned; set it under config")
+        return None
+    try:
+        dimension = parse_dimension(name, text)
+    except UserError as error:
+        faults.append(f"space: {error}")
+        return None
+    wrong = [fault for value in _probes(dimension) if (fault := _field_fault(name, value))]
+    faults += [f"space: {fault}" for fault in dict.fromkeys(wrong)]
+    return None if wrong else dimension
+
+
+def _probes(dimension: Dimension) -> Iterator[Any]:
+    """Yield values that together show whether all can be drawn: every choice, or both bounds and one between."""
+    if dimension.kind == "choice":
+        yield from dimension.choices
+        return
+    yield from (dimension.low, dimension.high)
+    if dimension.kind in ("int", "logint"):
+        return
+    yield dimension.low + (dimension.step or 0.618 * (dimension.high - dimension.low))
+
+
+def _field_fault(name: str, value: Any) -> str | None:
+    try:
+        validate(merge({name: value}))
+    except UserError as error:
+        return str(error).removeprefix("--")
+    return None
+
+
+def _ordered(dimensions: list[Dimension], names: list[str], faults: list[str]) -> list[Dimension]:
+    """Return the dimensions so that those which `when` names come before those that ask for them."""
+    varied = {d.name: d for d in dimensions}
+    for d in dimensions:
+        for name, wanted in d.when.items():
+            if name not in names:
+                faults.append(f"space: {d.name}: when: unknown option '{name}'.{nearest(name, names)}")
+            elif name in varied:
+                never = [v for v in wanted if not varied[name].holds(v)]
+                faults += [f"space: {d.name}: when: {name} is never {v!r}" for v in never]
+    ordered: list[Dimension] = []
+    waiting = list(dimensions)
+    while waiting:
+        open_ = {d.name for d in waiting}
+        ready = [d for d in waiting if not open_ & set(d.when)]
+        if not ready:
+            faults.append(f"space: when: {' and '.join(sorted(open_))} wait for each other")
+            return ordered
+        ordered += ready
+        waiting = [d for d in waiting if d not in ready]
+    return ordered
+
+
+def _constraint(text: str, names: list[str], faults: list[str]) -> Constraint | None:
+    try:
+        constraint = parse_constraint(text)
+    except UserError as error:
+        faults.append(str(error))
+        return None
+    known = [*names, IMAGES]
+    wrong = [name for name in constraint.names if name not in known]
+    faults += [f"constraint '{text}': unknown option '{name}'.{nearest(name, known)}" for name in wrong]
+    return None if wrong else constraint
+
+
+def _goal_faults(space: Space) -> Iterator[str]:
+    plain = [f"{network}.{metric}" for network in ("student", "teacher") for metric in PROTOCOL]
+    known = [*plain, *(f"{name}.{group}" for name in plain for group in GROUPS)]
+    for goal in space.goals:
+        if goal not in known:
+            yield f"goals: unknown goal '{goal}'.{nearest(goal, known)} It is network.metric or network.metric.group"
+    if len(set(space.goals)) < len(space.goals):
+        yield f"goals: '{space.goals[0]}' stands there twice"
+    if len(space.goals) == 2 and space.scheduler.name != "none":
+        yield f"scheduler: {space.scheduler.name} judges by one goal; with two, set scheduler.name: none"
+    if len(space.goals) == 1 and space.sampler.name == "nsga2":
+        yield "sampler: nsga2 is for two goals; with one, use tpe"
+
+
+def _budget_faults(space: Space) -> Iterator[str]:
+    epochs, every, scheduler = space.budget.epochs, space.validation.every, space.scheduler
+    if every > epochs:
+        yield f"validation.every {every}: a trial has {epochs} epochs"
+    if scheduler.name == "none":
+        return
+    if scheduler.grace >= epochs:
+        yield f"scheduler.grace {scheduler.grace}: a trial has {epochs} epochs; set an earlier one or name: none"
+    if scheduler.grace % every:
+        yield f"scheduler.grace {scheduler.grace}: no evaluated epoch; use a multiple of validation.every ({every})"
+
+
+def _config_faults(space: Space, base: dict[str, Any], dimensions: list[Dimension]) -> list[str]:
+    """Resolve the corners of the space: an option that the method does not have is said by name."""
+    faults = []
+    try:
+        config = space.config_of(base, {})
+    except UserError as error:
+        return [f"config: {error}"]
+    methods = next((d.choices for d in dimensions if d.name == "method.name"), (config.method.name,))
+    for method in methods:
+        fixed = merge(base, {"method.name": method})
+        for d in dimensions:
+            if d.name == "method.name" or method not in d.when.get("method.name", (method,)):
+                continue
+            try:
+                resolve(fixed, {d.name: next(_probes(d))})
+            except UserError as error:
+                faults.append(f"space: {error}")
+    return list(dict.fromkeys(faults))
+
+
+def _default(space: Space, base: dict[str, Any], dimensions: list[Dimension]) -> dict[str, Any]:
+    """Return trial 0: the values that the varied options have under `config`, or when nobody sets them."""
+    config = flatten(space.config_of(base, {}).model_dump())
+    values: dict[str, Any] = {}
+    for d in dimensions:
+        if d.is_active(config | values):
+            values[d.name] = config[d.name]
+    return values
+
+
+def _setting_faults(plan: Plan, values: Mapping[str, Any]) -> Iterator[str]:
+    """Say why a known setting is no point of the space."""
+    title = "the default" if values == plan.default else f"start: {dict(values)}"
+    by_name = {d.name: d for d in plan.dimensions}
+    active = [d.name for d in plan.active({**plan.default, **values})]
+    for name, value in values.items():
+        if name not in by_name:
+            yield f"{title}: {name} is not varied.{nearest(name, by_name)}"
+        elif not by_name[name].holds(value):
+            yield f"{title}: {name} {value!r} lies outside of its range; widen it, so that every trial can be compared"
+    missing = [name for name in active if name not in values]
+    if missing:
+        yield f"{title}: {', '.join(missing)} has no value"
+    elif text := _breaks(plan, values):
+        yield f"{title}: it breaks the constraint '{text}'"
+
+
+def _breaks(plan: Plan, values: Mapping[str, Any]) -> str | None:
+    try:
+        return plan.broken(values, None)
+    except UserError as error:
+        return str(error)
+
+
+def resolved(plan: Plan, values: Mapping[str, Any]) -> Config:
+    """Return the configuration of a run with these values."""
+    return plan.space.config_of(plan.base, values)

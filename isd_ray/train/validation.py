@@ -1,0 +1,136 @@
+"""Evaluation on the way: kNN on held-out training images every few epochs, for people and sweeps that choose by it.
+
+The numbers go to validation.jsonl in the run folder, one row an evaluated epoch. The test set takes no part.
+"""
+
+import io
+import json
+import time
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from isd_ray.config import Config
+from isd_ray.data.augment import center_view
+from isd_ray.data.catalog import Splits
+from isd_ray.data.index import class_counts, classes
+from isd_ray.errors import UserError
+from isd_ray.evaluate.protocols import evaluate_encoders
+from isd_ray.train.evaluation import bank_name, choose_bank, grouping, load_labelled
+from isd_ray.train.folder import RunFolder
+from isd_ray.train.state import State, Worker
+
+FILE = "validation.jsonl"
+WATCHED = "watched.json"
+Row = dict[str, Any]
+
+
+def watched_tables(config: Config, splits: Splits) -> dict[str, pa.Table]:
+    """Return the tables that the evaluation on the way reads, by file name in the run folder."""
+    bank = choose_bank(config, splits)
+    if not config.data.validation or splits.test is None or bank is None:
+        raise UserError(
+            f"--evaluate.every {config.evaluate.every}: it needs --data.validation N, images to evaluate on; the test "
+            "set is looked at once, when the run is over"
+        )
+    return {"bank.parquet": bank, "validation.parquet": splits.test}
+
+
+def how_watched(config: Config, splits: Splits) -> dict[str, Any]:
+    """Return what the evaluation on the way must know of the data set, whose definition stays with the driver."""
+    return {"bank_name": bank_name(config, splits.definition), "groups": grouping(splits.definition)}
+
+
+def read_rows(folder: RunFolder) -> list[Row]:
+    """Return the rows of a run, in order of their steps; a line torn by a kill is left out."""
+    if not folder.exists(FILE):
+        return []
+    rows = []
+    for line in folder.read(FILE).decode(errors="replace").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+class Watch:
+    """Evaluates student and teacher after every `evaluate.every` epochs and the last, on rank 0.
+
+    A row stands in the file before the checkpoint of its step is saved, so a run that continues from a checkpoint has
+    all rows up to it; later ones are dropped and measured anew.
+    """
+
+    def __init__(self, config: Config, folder: RunFolder, worker: Worker, steps: int, step: int) -> None:
+        self.config, self.folder, self.worker, self.steps = config, folder, worker, steps
+        self.images: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self.rows: list[Row] = []
+        self.stop = False  # whoever listens wants no more of this run; alike on all ranks
+        if config.evaluate.every and worker.rank == 0:
+            self.rows = [row for row in read_rows(folder) if row["step"] <= step]
+
+    def __call__(self, state: State) -> bool:
+        """Evaluate where it is due after this step; tell whether it was, alike on all ranks."""
+        if not self.due(state.step):
+            return False
+        if self.worker.rank == 0:
+            row = self.row(state)
+            self.rows.append(row)
+            self.folder.write(FILE, "".join(json.dumps(r) + "\n" for r in self.rows).encode())
+            self.stop = bool(self.worker.tell and self.worker.tell(row))
+        if self.worker.world > 1:
+            stop = torch.tensor(float(self.stop), device=self.worker.device)
+            dist.broadcast(stop, src=0)
+            self.stop = bool(stop)
+        return True
+
+    def due(self, step: int) -> bool:
+        """Tell whether an evaluated epoch ends with this step."""
+        epoch, rest = divmod(step, self.steps)
+        every = self.config.evaluate.every
+        return every > 0 and rest == 0 and (epoch % every == 0 or epoch == self.config.train.epochs)
+
+    def row(self, state: State) -> Row:
+        """Measure one row: step, epoch, seconds since 1970, and `network.metric` and `network.metric.group` in %."""
+        result = self.evaluate(state)
+        row: Row = {"step": state.step, "epoch": state.step // self.steps, "time": round(time.time(), 3)}
+        for network, metrics in result["metrics"].items():
+            for metric, accuracy in metrics.items():
+                if accuracy is not None:
+                    groups = result["groups"][network][metric]
+                    row[f"{network}.{metric}"] = accuracy
+                    row[f"{network}.{metric}.class_mean"] = result["class_mean"][network][metric]
+                    row |= {f"{network}.{metric}.{group}": value for group, value in groups.items()}
+        return row
+
+    def evaluate(self, state: State) -> dict[str, Any]:
+        """Evaluate the networks as they are; the images are decoded at the first call."""
+        selection, bank, held = (self.table(name) for name in ("selection", "bank", "validation"))
+        if self.images is None:
+            self.images = (*load_labelled(bank, self.config), *load_labelled(held, self.config))
+        data = self.config.data
+
+        def view(images: Tensor) -> Tensor:
+            return center_view(images, data.image_size, data.mean, data.std)
+
+        return evaluate_encoders(
+            state.method.encoders(),
+            *self.images,
+            view=view,
+            classes=len(classes(selection)),
+            train_counts=class_counts(selection).tolist(),
+            **self.folder.read_json(WATCHED),
+            with_pixels=False,
+            batch_size=self.config.evaluate.batch_size,
+            device=self.worker.device,
+            linear=False,
+            seed=self.config.train.seed,
+        )
+
+    def table(self, name: str) -> pa.Table:
+        """Read one of the run's index tables."""
+        return pq.read_table(io.BytesIO(self.folder.read(f"{name}.parquet")))

@@ -1,0 +1,183 @@
+"""A space is checked whole before anything starts; what is drawn from it can be turned back and forth."""
+
+from pathlib import Path
+
+import optuna
+import pytest
+
+from isd_ray.config import flatten, option_names
+from isd_ray.errors import UserError
+from isd_ray.sweep.check import check
+from isd_ray.sweep.constraints import parse_constraint
+from isd_ray.sweep.space import Space, parse_dimension, read_space
+
+SPACES = sorted(Path(__file__).parents[3].glob("tune_spaces/*.yaml"))
+GOOD = {"space": {"method.temperature": {"loguniform": [0.05, 0.3]}}, "budget": {"epochs": 16}}
+
+
+def faults(**content) -> str:
+    with pytest.raises(UserError) as error:
+        check(Space(**({"space": {}} | content)))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
+def test_shipped_spaces_are_good_and_hold_their_default(path):
+    plan = check(read_space(path))
+    config = flatten(plan.space.config_of(plan.base, {}).model_dump())
+    assert plan.default == {d.name: config[d.name] for d in plan.active(plan.default)}
+    assert plan.space.description
+
+
+def test_all_faults_at_once_each_with_its_remedy():
+    text = faults(
+        config={"data.datset": "embedded_lt", "train.epochs": 3},
+        space={
+            "method.temprature": {"uniform": [0.1, 0.2]},
+            "train.lr": {"loguniform": [-0.1, 0.1]},
+            "method.momentum": {"uniform": [0.9, 1.5]},
+            "queue.size": {"uniform": [64, 128]},
+            "train.workers": {"int": [1, 2]},
+            "train.weight_decay": {"logunifrom": [1e-5, 1e-3]},
+        },
+        constraints=["queue.sise < 5", "__import__('os').system('true') == 0", "train.lr"],
+        goals=["student.knn2"],
+        budget={"epochs": 4},
+        scheduler={"grace": 4},
+        validation={"every": 8},
+    )
+    for words in (
+        "config: unknown option 'data.datset'. Did you mean 'data.dataset'?",
+        "config: train.epochs: the sweep sets it; use budget.epochs",
+        "unknown option 'method.temprature'. Did you mean 'method.temperature'?",
+        "lower bound -0.1 must be above 0",
+        "method.momentum 1.5: Input should be less than or equal to 1",
+        "queue.size 103.5",
+        "train.workers does not change what is learned",
+        "Did you mean 'loguniform'?",
+        "unknown option 'queue.sise'. Did you mean 'queue.size'?",
+        "is neither an option, a number nor",
+        "constraint 'train.lr': no comparison",
+        "unknown goal 'student.knn2'. Did you mean 'student.knn20'?",
+        "scheduler.grace 4: a trial has 4 epochs",
+        "validation.every 8: a trial has 4 epochs",
+    ):
+        assert words in text, words
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"space": {}}, "nothing is varied"),
+        ({"space": {"method.weight": {"uniform": [0.0, 1.0]}}}, "has no such option; these have it: pirl"),
+        (
+            {"space": {"method.temperature": {"uniform": [0.2, 0.3]}}},
+            "the default: method.temperature 0.1 lies",
+        ),
+        ({"constraints": ["method.temperature > 1"]}, "the default: it breaks the constraint"),
+        ({"start": [{"method.temperature": 0.5}]}, "method.temperature 0.5 lies outside"),
+        ({"start": [{"train.lr": 0.5}]}, "train.lr is not varied"),
+        ({"goals": ["student.knn20", "student.knn20.few"]}, "scheduler.name: none"),
+        ({"goals": ["student.knn20", "student.knn20"], "scheduler": {"name": "none"}}, "twice"),
+        ({"sampler": {"name": "nsga2"}}, "with one, use tpe"),
+        ({"scheduler": {"grace": 6}}, "multiple of validation.every (4)"),
+        (
+            {"space": {"train.lr": {"uniform": [0.01, 0.1], "when": {"train.optimiser": "sgd"}}}},
+            "Did you mean 'train.optimizer'?",
+        ),
+        (
+            {
+                "space": {
+                    "train.optimizer": {"choice": ["sgd", "lars"]},
+                    "train.lr": {"uniform": [0.01, 0.1], "when": {"train.optimizer": "adam"}},
+                }
+            },
+            "train.optimizer is never 'adam'",
+        ),
+        ({"space": {"train.lr": {"uniform": [0.01, 0.1], "when": {"train.lr": 0.1}}}}, "wait for each other"),
+        ({"space": {"queue.size": {"int": [64, 450], "step": 64}}}, "no whole number of steps"),
+        ({"space": {"method.momentum": {"loguniform_below_one": [0.9, 1.0]}}}, "must be below 1"),
+        ({"space": {"train.optimizer": {"choice": ["sgd", "adam"]}}}, "train.optimizer 'adam'"),
+        ({"config": {"method.name": "isdplus"}}, "isd_plus"),
+    ],
+)
+def test_a_fault_is_named(change, words):
+    text = faults(**(GOOD | change))
+    assert words in text
+    assert "\n" not in text
+
+
+def test_unknown_entries_of_the_file_are_named(tmp_path):
+    path = tmp_path / "space.yaml"
+    path.write_text("space: {}\nconstrain: []\nbudget: {trial: 3, epochs: none}\n")
+    with pytest.raises(UserError) as error:
+        read_space(path)
+    text = str(error.value)
+    assert "'constrain'. Did you mean 'constraints'?" in text
+    assert "'budget.trial'. Did you mean 'trials'?" in text
+    assert "budget.epochs: Input should be a valid integer" in text
+
+
+@pytest.mark.parametrize(
+    ("spec", "value"),
+    [
+        ({"uniform": [0.1, 0.5]}, 0.37),
+        ({"loguniform": [1e-5, 1e-1]}, 1e-3),
+        ({"loguniform_below_one": [0.9, 0.999]}, 0.97),
+        ({"loguniform_below_one": [0.9, 0.999]}, 0.999),
+        ({"int": [64, 512], "step": 64}, 448),
+        ({"logint": [2, 4096]}, 100),
+        ({"choice": [["strong", "weak"], ["weak", "weak"]]}, ["weak", "weak"]),
+        ({"choice": [None, True, 0.5]}, None),
+    ],
+)
+def test_a_known_value_is_drawn_as_it_was_given(spec, value):
+    dimension = parse_dimension("x", spec)
+    study = optuna.create_study()
+    study.enqueue_trial({"x": dimension.encode(value)})
+    assert dimension.holds(value)
+    drawn = dimension.suggest(study.ask())
+    assert drawn == value
+    assert type(drawn) is type(value)
+
+
+@pytest.mark.parametrize("spec", [{"uniform": [0.1, 0.5], "step": 0.1}, {"int": [3, 9], "step": 3}])
+def test_everything_that_is_drawn_lies_in_the_space(spec):
+    dimension = parse_dimension("x", spec)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn = {dimension.suggest(study.ask()) for _ in range(50)}
+    assert all(dimension.holds(value) for value in drawn)
+    assert len(drawn) == round((dimension.high - dimension.low) / dimension.step) + 1
+
+
+def test_config_says_where_a_varied_option_starts():
+    plan = check(Space(**GOOD, config={"method.temperature": 0.2}))
+    assert plan.default == {"method.temperature": 0.2}
+    assert plan.space.config_of(plan.base, {"method.temperature": 0.3}).method.temperature == 0.3
+
+
+def test_conditional_dimensions_are_active_only_where_their_condition_holds():
+    lr = {"loguniform": [0.01, 1.0], "when": {"train.optimizer": ["lars", "adamw"]}}
+    plan = check(Space(space={"train.lr": lr, "train.optimizer": {"choice": ["sgd", "lars", "adamw"]}}))
+    assert [d.name for d in plan.dimensions] == ["train.optimizer", "train.lr"]
+    assert plan.default == {"train.optimizer": "sgd"}
+    assert [d.name for d in plan.active({"train.optimizer": "lars"})] == ["train.optimizer", "train.lr"]
+
+
+def test_constraints_compare_with_other_options_and_the_number_of_images():
+    plan = check(
+        Space(**GOOD, constraints=["queue.size <= data.size / 4", "method.temperature < 2 * queue.size"])
+    )
+    assert plan.broken({"method.temperature": 0.1}, 4 * 448) is None
+    assert plan.broken({"method.temperature": 0.1}, 4 * 448 - 1) == "queue.size <= data.size / 4"
+    chain = parse_constraint("1 < a.b - 2 * c <= 4 + 1")
+    assert chain.names == ("a.b", "c")
+    assert [chain.holds({"a.b": x, "c": 1}) for x in (3, 3.5, 7, 8)] == [False, True, True, False]
+    assert chain.holds({"a.b": None, "c": 1})  # an option that the method does not have
+
+
+def test_every_option_is_searchable_or_refused_by_name():
+    """No option falls through: a choice of no sense is refused wherever it stands."""
+    for name in option_names():
+        assert faults(space={name: {"choice": ["no such value", "nor this"]}}), name
