@@ -9,7 +9,7 @@
     constraints: [queue.size <= data.size / 4]
     goals: [student.knn20]                             # one, or two: their Pareto front
 
-`isd_ray.sweep.check` says all that is wrong with one; docs/design.md 5a has the whole of it.
+`isd_ray.sweep.check` says all that is wrong with one; docs/design.md (Sweeps) has the whole of it.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Ray Tune, as the sweep uses it: it finds room for trials, starts and ends their processes, and passes results on.
 
-What is tried and what is stopped is `Search`'s business; Tune's own state is not kept (docs/design.md 5a says why).
+What is tried and what is stopped is `Search`'s business; Tune's own state is not kept (docs/design.md, Sweeps: why).
 """
 
 import functools
