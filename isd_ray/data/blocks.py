@@ -21,6 +21,9 @@ from isd_ray.errors import UserError, printable
 Block = dict[str, np.ndarray]
 
 BLOCK_BYTES = 16 * 2**20  # decoded bytes in one block of the object store
+# Blocks in the object store for each concurrent task, past which no task starts; those that run end their range. Ray's
+# own limit is half of the store: a slow reader then had the whole epoch in it (422 MiB where this leaves 202).
+TASK_BLOCKS = 2
 AHEAD = 2  # batches fetched before they are asked for
 TASK_CPUS = 0  # workers may hold every CPU, and tasks must run all the same: their number is bounded instead
 # Three lines of the executor a dataset are too many when every epoch is one.
@@ -87,6 +90,9 @@ def _dataset(work: Any, refs: dict[str, Any], ranges: list[tuple[int, int]], wor
     context.target_max_block_size = BLOCK_BYTES
     tasks = max(1, int(ray.cluster_resources().get("CPU", 1)) // world)
     tasks = min(tasks, len(ranges))
+    context.execution_options.resource_limits = ray.data.ExecutionResources(
+        object_store_memory=TASK_BLOCKS * BLOCK_BYTES * tasks
+    )
     with ray.data.DataContext.current(context):
         items = [{"start": start, "stop": stop} for start, stop in ranges]
         dataset = ray.data.from_items(items, override_num_blocks=len(items))
