@@ -22,7 +22,9 @@ from isd_ray.errors import UserError, printable
 Block = dict[str, np.ndarray]
 
 BLOCK_BYTES = 16 * 2**20  # decoded bytes in one block of the object store, or one batch where that is more
-TASK_BLOCKS = 2  # what a task may put there before somebody takes it: Ray Data's limit
+# Blocks that a task may put there before somebody takes them (Ray Data's limit), and, times the concurrent tasks, past
+# which no task starts: Ray's own limit is half of the store, and a slow reader then had the whole epoch in it.
+TASK_BLOCKS = 2
 AHEAD = 2  # batches fetched before they are asked for
 TASK_CPUS = 0  # workers may hold every CPU, and tasks must run all the same: their number is bounded instead
 # Three lines of the executor a dataset are too many when every epoch is one.
@@ -133,6 +135,9 @@ def _dataset(
     context.target_max_block_size = block_bytes  # a little less than the other columns make it
     tasks = max(1, int(ray.cluster_resources().get("CPU", 1)) // world)
     tasks = min(tasks, len(ranges))
+    context.execution_options.resource_limits = ray.data.ExecutionResources(
+        object_store_memory=TASK_BLOCKS * max(block_bytes, BLOCK_BYTES) * tasks
+    )
     with ray.data.DataContext.current(context):
         items = [{"start": start, "stop": stop} for start, stop in ranges]
         dataset = ray.data.from_items(items, override_num_blocks=len(items))

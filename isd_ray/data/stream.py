@@ -55,9 +55,12 @@ class Stream:
     that needs at most 2 GiB and a fifth of the machine's memory. max_bad: share of the set that may be
     broken; a rank counts the broken images that it has met, each once, in `bad`.
 
-    With cache="none" memory is bounded by two batches ahead here, and for each of the rank's concurrent tasks
-    (its share of the cluster's CPUs) the encoded images of one range and two blocks of 16 MiB in the object
-    store. The batches depend on (table, seed, global_batch) only, not on cache, world or the machine.
+    With cache="none" and T concurrent tasks (the rank's share of the cluster's CPUs) memory is bounded, whatever the
+    size of the set and the speed of its reader: here by two batches ahead; in the object store by T x 32 MiB, past
+    which no task starts, and the decoded ranges of the T tasks that may run by then (1,024 images each, or one window
+    of `chunk` steps where that is more); in a task by the encoded images of its range.
+
+    The batches depend on (table, seed, global_batch) only, not on cache, world or the machine.
 
     Raises UserError for an unknown view or cache, for a cache that cannot hold the set, and for a set smaller
     than one global batch.

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -153,3 +154,28 @@ def test_many_epochs_leave_two_names_and_no_open_file(ray_session, table):
         files.append(len(os.listdir("/proc/self/fd")))
     assert 1 <= len(names() - before) <= 2
     assert files[-1] <= files[1]
+
+
+def test_a_slow_reader_bounds_what_is_read_ahead(ray_session, monkeypatch, table, tmp_path):
+    """Tasks start while the store holds less than its limit; without one, all 50 would run ahead."""
+    monkeypatch.setattr("isd_ray.data.stream.TASK_IMAGES", 4)
+    monkeypatch.setattr("isd_ray.data.stream.chunk_for", lambda *_: 1)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 100_000)
+    read = blocks._read_range
+
+    def leave_a_mark(item, **rest):
+        (tmp_path / str(item["start"][0])).touch()
+        yield from read(item, **rest)
+
+    monkeypatch.setattr(blocks, "_read_range", leave_a_mark)
+    batches = Stream(table, seed=1, global_batch=4, size=64, views=["weak"] * 2, cache="none").epoch(0)
+    first, started, since = next(batches), 0, time.monotonic()
+    while time.monotonic() - since < 3:  # until no task has started for so long
+        if len(list(tmp_path.iterdir())) > started:
+            started, since = len(list(tmp_path.iterdir())), time.monotonic()
+    tasks = int(ray_session.cluster_resources()["CPU"])
+    in_store = blocks.TASK_BLOCKS * blocks.BLOCK_BYTES * tasks / first.image.numel()
+    handed_over = blocks.AHEAD + 2  # to the reader: those ahead, the one taken and one on its way
+    assert started <= in_store + tasks + handed_over
+    assert len(list(batches)) == 49
+    assert len(list(tmp_path.iterdir())) == 50
