@@ -16,12 +16,13 @@ import yaml
 from tiny_run import options_of_tiny_run
 
 import isd_ray
-from isd_ray.config import parse
+from isd_ray.config import parse, resolve
 from isd_ray.errors import UserError
 from isd_ray.sweep.run import sweep
 from isd_ray.sweep.search import Job, Search
 from isd_ray.sweep.space import Space
-from isd_ray.train.folder import RunFolder
+from isd_ray.train.folder import RunFolder, checkpoint_names
+from isd_ray.train.trainer import pretrain
 from isd_ray.train.validation import read_rows
 
 ROOT = Path(__file__).parents[2]
@@ -189,8 +190,6 @@ def test_a_run_is_evaluated_on_the_way_on_images_that_it_does_not_train_on(
     ray_session, tiny_options, tiny_shards
 ):
     told: list[dict] = []
-    from isd_ray.config import resolve
-    from isd_ray.train.trainer import pretrain
 
     def tell(row: dict) -> bool:
         told.append(row)
@@ -221,3 +220,20 @@ def test_another_space_under_the_same_name_is_refused(ray_session, tiny_shards, 
     with pytest.raises(UserError, match=r"goals.*another --name"):
         sweep(Space(**content | {"goals": ["teacher.knn20"]}), "same", str(tmp_path))
     assert json.loads((tmp_path / "same/trials/0000/seed-0/result.json").read_text())["name"] == "seed-0"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_all_workers_stop_together_where_they_are_told_to(ray_session, tiny_options):
+    told: list[int] = []
+
+    def tell(row: dict) -> bool:
+        told.append(row["epoch"])
+        return row["epoch"] == 2
+
+    options = {"data.validation": 10, "evaluate.every": 1, "train.workers": 2, "queue.layout": "sharded"}
+    pretrain(resolve(tiny_options | options), tell)
+    folder = RunFolder(f"{tiny_options['output']}/run")
+    steps = 120 // 16
+    assert told == [row["epoch"] for row in read_rows(folder)] == [1, 2]
+    assert checkpoint_names(folder)[-1] == f"step-{2 * steps:08d}.pt"
