@@ -42,6 +42,7 @@ def cluster(tmp_path):
     start += [
         f"--dashboard-port={port}",
         f"--port={free_port()}",
+        f"--dashboard-agent-listen-port={free_port()}",  # the suite's own Ray may hold the usual one
         "--object-store-memory=300000000",
         "--block",
     ]
