@@ -45,7 +45,9 @@ def decode(data: bytes) -> Image.Image:
     try:
         with open_header(io.BytesIO(data)) as image:
             turn = orientation(image)
-            return (image.transpose(TURNS[turn]) if turn in TURNS else image).convert("RGB")
+            upright = image.transpose(TURNS[turn]) if turn in TURNS else image
+            upright.load()
+            return upright if upright.mode == "RGB" else upright.convert("RGB")  # converting RGB would copy it
     except BrokenImage:
         raise
     except Exception as error:  # decoders raise nearly anything on hostile bytes
