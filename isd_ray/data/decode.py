@@ -47,7 +47,8 @@ def decode(data: bytes) -> Image.Image:
             turn = orientation(image)
             upright = image.transpose(TURNS[turn]) if turn in TURNS else image
             upright.load()
-            return upright if upright.mode == "RGB" else upright.convert("RGB")  # converting RGB would copy it
+            # Converting what is RGB already would copy it.
+            return upright if upright.mode == "RGB" else upright.convert("RGB")
     except BrokenImage:
         raise
     except Exception as error:  # decoders raise nearly anything on hostile bytes
