@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -49,8 +50,12 @@ def cluster(tmp_path):
     subprocess.run([RAY, "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
     head = subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     yield environment
-    head.terminate()
-    head.wait(60)
+    # What the head started ends with it; a polite end would take half a minute.
+    started = subprocess.run(["pgrep", "-P", str(head.pid)], capture_output=True, text=True).stdout.split()
+    for pid in started:
+        os.kill(int(pid), signal.SIGKILL)
+    head.kill()
+    head.wait()
 
 
 def submit(environment: dict, arguments: list[str]) -> subprocess.CompletedProcess:
