@@ -8,7 +8,7 @@ from isd_ray.config import Config, flatten, merge, option_names, resolve, valida
 from isd_ray.errors import UserError, nearest
 from isd_ray.evaluate.protocols import PROTOCOL
 from isd_ray.sweep.constraints import Constraint, parse_constraint
-from isd_ray.sweep.space import Dimension, Space, parse_dimension
+from isd_ray.sweep.space import STATM, Dimension, Space, parse_dimension
 from isd_ray.train.trainer import FREE, FREE_SECTIONS
 
 IMAGES = "data.size"  # in constraints: images of the pretraining set, those held out not counted
@@ -56,7 +56,7 @@ def check(space: Space, given: Mapping[str, Any] | None = None) -> Plan:
     if not space.space:
         faults.append("space: nothing is varied; name at least one option")
     constraints = [c for text in space.constraints if (c := _constraint(text, names, faults))]
-    faults += [*_goal_faults(space), *_budget_faults(space)]
+    faults += [*_goal_faults(space), *_budget_faults(space), *_memory_faults(space, base)]
     if not faults:
         faults += _config_faults(space, base, dimensions)
     if faults:
@@ -178,6 +178,16 @@ def _budget_faults(space: Space) -> Iterator[str]:
         yield f"scheduler.grace {scheduler.grace}: a trial has {epochs} epochs; set an earlier one or name: none"
     if scheduler.grace % every:
         yield f"scheduler.grace {scheduler.grace}: no evaluated epoch; use a multiple of validation.every ({every})"
+
+
+def _memory_faults(space: Space, base: dict[str, Any]) -> Iterator[str]:
+    """A limit that nobody would watch is refused."""
+    if space.resources.memory is None:
+        return
+    if not STATM.exists():
+        yield f"resources.memory: there is no {STATM} here to read it from (Linux has it); leave it out"
+    if flatten(base).get("train.workers", 0):
+        yield "resources.memory: workers are processes of their own; set train.workers to 0 or leave it out"
 
 
 def _config_faults(space: Space, base: dict[str, Any], dimensions: list[Dimension]) -> list[str]:

@@ -34,6 +34,8 @@ from isd_ray.sections import Section
 RANGES = ("uniform", "loguniform", "loguniform_below_one", "int", "logint")
 KINDS = (*RANGES, "choice")
 
+STATM = Path("/proc/self/statm")  # what a process takes of main memory; Linux has it
+
 
 class Budget(Section):
     """How much is tried."""

@@ -4,7 +4,6 @@ import os
 import threading
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from isd_ray.data.catalog import Splits
 from isd_ray.errors import UserError
 from isd_ray.sweep.check import Plan
 from isd_ray.sweep.search import FAILURE, Job, trial_uri
+from isd_ray.sweep.space import STATM
 from isd_ray.train.folder import RunFolder, load_checkpoint
 from isd_ray.train.trainer import check_same, check_sizes, export, prepare, summary, train_prepared
 from isd_ray.train.validation import Row, read_rows
@@ -144,5 +144,5 @@ class MemoryLimit:
 
 def resident_memory() -> int:
     """Return the bytes of main memory that this process holds (Linux)."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(STATM.read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")

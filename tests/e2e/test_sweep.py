@@ -121,7 +121,6 @@ def assert_results(folder: Path, outcome, trials: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory limit needs /proc")
 def test_trials_that_fail_are_recorded_and_the_sweep_ends(ray_session, tiny_shards, tmp_path):
     """One loses its loss, one takes too much memory; the other finishes."""
     content = tiny_space(

@@ -181,3 +181,11 @@ def test_every_option_is_searchable_or_refused_by_name():
     """No option falls through: a choice of no sense is refused wherever it stands."""
     for name in option_names():
         assert faults(space={name: {"choice": ["no such value", "nor this"]}}), name
+
+
+def test_a_memory_limit_that_nobody_would_watch_is_refused(monkeypatch):
+    limited = GOOD | {"resources": {"memory": 2.0}}
+    assert check(Space(**limited)).space.resources.memory == 2.0
+    assert "train.workers to 0" in faults(**limited, config={"train.workers": 2})
+    monkeypatch.setattr("isd_ray.sweep.check.STATM", Path("/nowhere/statm"))
+    assert "no /nowhere/statm here" in faults(**limited)
