@@ -45,15 +45,17 @@ class Case:
 # ---------------------------------------------------------------- ours
 
 
-def ours(case: Case, cache: str = "none") -> Epoch:
-    """The stream of the training loop; views are made in batches, in the process that trains."""
+def ours(case: Case, cache: str = "none", finish: bool = False) -> Epoch:
+    """The stream of the training loop; its views are made by the process that trains, or (`finish`) by tasks."""
     from isd_ray.data.augment import make_views
     from isd_ray.session import start_ray
 
     start_ray()
     views = case.views or ("weak",)
     table = read_index(f"{case.folder}/train")
-    stream = Stream(table, seed=0, global_batch=case.batch, size=case.size, views=views, cache=cache)
+    stream = Stream(
+        table, seed=0, global_batch=case.batch, size=case.size, views=views, cache=cache, finish=finish
+    )
 
     def epoch(number: int) -> Iterator[Any]:
         for batch in stream.epoch(number):
@@ -177,6 +179,7 @@ def ray_webdataset(case: Case) -> Epoch:
 
 CONTESTANTS: dict[str, Callable[[Case], Epoch]] = {
     "ours, streamed": ours,
+    "ours, views in tasks": partial(ours, finish=True),
     "ours, in memory": partial(ours, cache="memory"),
     "read_webdataset + map_batches": ray_webdataset,
     "webdataset + DataLoader": webdataset_loader,

@@ -48,6 +48,12 @@ class DataConfig(Section):
     cache: Literal["auto", "memory", "none"] = Field(
         "auto", description="Keep decoded images in memory, stream them, or choose by size"
     )
+    augment_on: Literal["auto", "device", "tasks"] = Field(
+        "auto",
+        description="Where views get their colours: on the training device in batches, or in the reading tasks, on "
+        "every CPU of the cluster; auto: in tasks where they are cropped there anyway (images of several sizes) and "
+        "training is on a CPU",
+    )
     max_bad: float = Field(
         0.01, ge=0, le=1, description="Largest share of broken images before the run stops"
     )

@@ -35,9 +35,10 @@ def make_views(
     """Return one float32 Tensor [b, 3, S, S] a view, normalised: (x - mean) / std on values in [0, 1].
 
     S is `size` (less for the small crops of multi-crop). Images that travel whole (batch.image [b, 1, 3, H,
-    W]) are cropped here; otherwise crop and mirror were made where they were read, one a view, and V must
-    equal len(views). Order: crop, jitter, grey, blur, solarise, mirror (mirroring commutes with all but the
-    crop). Blur is left out of views under `View.blur_from` pixels, as recipes for small images do.
+    W]) are cropped here; otherwise crop and mirror (and, where batch.finished, all but normalisation) were
+    made where they were read, one a view, and V must equal len(views). Order: crop, jitter, grey, blur,
+    solarise, mirror (mirroring commutes with all but the crop). Blur is left out of views under
+    `View.blur_from` pixels, as recipes for small images do.
     """
     recipes = get_views(views)
     u = v.view_draws(batch.seed, batch.epoch, batch.position.numpy(), len(recipes))
@@ -53,17 +54,33 @@ def make_views(
             if whole is None
             else crop(whole, view, u[i], side)
         )
-        made.append(_coloured(x, view, u[i], mean, std))
+        for part in _parts(x):
+            if not batch.finished:
+                photometric(x[part], view, u[i][part])
+            normalise(x[part], mean, std)
+        made.append(x)
     return made
 
 
-def _coloured(x: Tensor, view: View, u: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Colour and normalise in place; on a CPU a few images at a time, which stay in its cache from step to step."""
+def colour_views(images: np.ndarray, views: Sequence[View], u: np.ndarray) -> None:
+    """Give cropped views, uint8 [b, V, 3, S, S], their colours in place, for draws u [V, b, NUMBERS].
+
+    What `make_views` does between crop and normalisation, rounded to whole grey levels; on one thread, since many
+    tasks run beside each other.
+    """
+    torch.set_num_threads(1)
+    for i, view in enumerate(views):
+        side = view.pixels(images.shape[-1])
+        out = torch.from_numpy(images[:, i, :, :side, :side])
+        for part in _parts(out):
+            x = photometric(out[part].float().div_(255), view, u[i][part])
+            out[part] = x.mul_(255).round_().to(torch.uint8)
+
+
+def _parts(x: Tensor) -> list[slice]:
+    """Cut a batch [b, C, H, W] into a few images at a time on a CPU: they stay in its cache from step to step."""
     few = max(1, 2 * colour.CACHE_BYTES // (4 * x[0].numel())) if x.device.type == "cpu" else len(x)
-    for start in range(0, len(x), few):
-        part = slice(start, start + few)
-        normalise(photometric(x[part], view, u[part]), mean, std)
-    return x
+    return [slice(start, start + few) for start in range(0, len(x), few)]
 
 
 def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

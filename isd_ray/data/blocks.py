@@ -1,12 +1,16 @@
-"""Rows of the index as decoded blocks, in order, through Ray Data: the one place where the data room touches Ray."""
+"""Rows of the index as decoded blocks, in order, read by Ray tasks: the one place where the data room touches Ray.
 
-import logging
+A task is a streaming generator of Ray Core, what Ray Data itself is made of, without its scheduler: the plan has
+decided the order and the size of everything beforehand. `docs/design.md` (Choices) has the figures.
+"""
+
 import math
-import uuid
-import warnings
-from collections.abc import Iterable, Iterator
-from functools import cached_property, partial
-from itertools import cycle
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,27 +25,19 @@ from isd_ray.errors import UserError, printable
 
 Block = dict[str, np.ndarray]
 
-BLOCK_BYTES = 16 * 2**20  # decoded bytes in one block of the object store, or one batch where that is more
-# Blocks that a task may put there before somebody takes them (Ray Data's limit), and, times the concurrent tasks, past
-# which no task starts: Ray's own limit is half of the store, and a slow reader then had the whole epoch in it.
-TASK_BLOCKS = 2
-AHEAD = 2  # batches fetched before they are asked for
-TASK_CPUS = 0  # workers may hold every CPU, and tasks must run all the same: their number is bounded instead
-# Three lines of the executor a dataset are too many when every epoch is one.
-logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
-logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that there is no progress bar
-TASK_RETRIES = 2  # after the death of a process; Ray Data's own default is for ever, which looks like a hang
+BLOCK_BYTES = 8 * 2**20  # decoded bytes in one block of the object store, or one batch where that is more
+TASK_BYTES = 32 * 2**20  # decoded bytes that a task may put there before somebody takes them, or one block
+AHEAD = 2  # blocks fetched before they are asked for
+STORE_SHARE = 0.5  # of the object store, that all ranks together may fill
+TASK_RETRIES = 2  # after the death of a process
 
 
 class Blocks:
-    """Reads rows of one index: through Ray Data where Ray runs, else with the same operator in this process."""
+    """Reads rows of one index: in Ray tasks where Ray runs, else with the same function in this process."""
 
     def __init__(self, table: pa.Table):
         self.table = table
         self.filesystem, self.folder = open_filesystem(index_table.root(table))
-        # Ray Data keeps metrics and a log file for every name that a dataset ever had, and names one anew with every
-        # epoch: about a MiB an epoch. Two names take turns, since an epoch that is left early may not have ended yet.
-        self._names = cycle([f"isd_ray_{uuid.uuid4().hex[:12]}_{turn}" for turn in range(2)])
 
     @property
     def is_local(self) -> bool:
@@ -72,21 +68,40 @@ class Blocks:
         """
         if not ranges:
             return
-        work = partial(_read_range, filesystem=self.filesystem, folder=self.folder, batch=batch, shape=shape)
+        settings: Any = (self.filesystem, self.folder, batch * block_batches(batch, shape), shape)
         if not ray.is_initialized():
-            for start, stop in ranges:
-                item = {"start": np.array([start]), "stop": np.array([stop])}
-                yield from work(item, table=self._ranges, rows=rows, position=position)
+            parts = (read_range(*part, self._ranges, rows, position, *settings) for part in ranges)
+            yield from cut_batches((block for part in parts for block in part), batch)
             return
-        refs = {"table": self._table_ref, "rows": ray.put(rows), "position": ray.put(position)}
-        dataset = _dataset(work, refs, ranges, world, block_batches(batch, shape) * batch * row_bytes(shape))
-        name = next(self._names)
-        dataset.get_dataset_id = lambda: name  # type: ignore[method-assign]
-        try:
-            blocks = dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=AHEAD)
-            yield from cut_batches(blocks, batch)
-        except ray.exceptions.RayTaskError as error:
-            raise _user_error(error) or error from None
+        shared = (self._table_ref, ray.put(rows), ray.put(position))
+        reader = READER.options(
+            num_returns="streaming",
+            max_retries=TASK_RETRIES,
+            _generator_backpressure_num_objects=task_blocks(batch, shape),
+        )
+        tasks = tasks_at_once(batch, shape, world)
+        blocks = in_order(lambda part: reader.remote(*part, *shared, *settings), ranges, tasks)
+        yield from cut_batches(ahead(blocks, AHEAD), batch)
+
+
+def read_range(
+    start: int,
+    stop: int,
+    table: pa.Table,
+    rows: np.ndarray,
+    position: np.ndarray,
+    filesystem: fs.FileSystem,
+    folder: str,
+    batch: int,
+    shape: Shape,
+) -> Iterator[Block]:
+    """Read one part [start, stop) of `rows`, `batch` at a time: what a task does."""
+    yield from read_rows(filesystem, folder, table, rows[start:stop], position[start:stop], batch, shape)
+
+
+# No CPU of Ray's: workers may hold every one, and tasks must run all the same; their number is bounded instead. Spread:
+# else tasks without a CPU would all run on the node of their worker.
+READER = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(read_range)
 
 
 def row_bytes(shape: Shape) -> int:
@@ -99,20 +114,77 @@ def block_batches(batch: int, shape: Shape) -> int:
     return max(1, BLOCK_BYTES // (batch * row_bytes(shape)))
 
 
-def task_rows(batch: int, shape: Shape) -> int:
-    """Return how many rows one task gives, in whole batches, without ever waiting for its turn.
+def task_blocks(batch: int, shape: Shape) -> int:
+    """Return how many blocks of a task may wait for the reader before it pauses."""
+    return max(1, TASK_BYTES // (block_batches(batch, shape) * batch * row_bytes(shape)))
 
-    Batches come in order, so a task that is ahead stops when its blocks that nobody has taken are as many as
-    Ray Data allows, and its core idles.
+
+def task_rows(batch: int, shape: Shape) -> int:
+    """Return how many rows one task gives, in whole batches, without ever pausing.
+
+    Batches come in order, so a task that is ahead pauses when as many of its blocks wait as may, and its core idles.
     """
-    return TASK_BLOCKS * block_batches(batch, shape) * batch
+    return task_blocks(batch, shape) * block_batches(batch, shape) * batch
+
+
+def tasks_at_once(batch: int, shape: Shape, world: int) -> int:
+    """Return how many tasks a rank runs beside each other: its share of the cluster's CPUs, as its store has room.
+
+    One more is under way (`in_order`): the one whose blocks are being taken has mostly ended.
+    """
+    found = ray.cluster_resources()
+    room = (
+        STORE_SHARE
+        * found.get("object_store_memory", 0)
+        / (world * task_rows(batch, shape) * row_bytes(shape))
+    )
+    return max(1, min(int(found.get("CPU", 1)) // world, int(room) - 1))
+
+
+def in_order(
+    start: Callable[[tuple[int, int]], "ray.ObjectRefGenerator"], parts: Iterable[tuple[int, int]], tasks: int
+) -> Iterator[Block]:
+    """Run one task a part, `tasks` and the one that is being read at once, and yield their blocks in order.
+
+    Tasks that nobody waits for any more are cancelled. Raises the UserError that a task raised.
+    """
+    waiting, running = iter(parts), deque[Any]()
+    try:
+        while True:
+            running.extend(
+                start(part) for _, part in zip(range(tasks + 1 - len(running)), waiting, strict=False)
+            )
+            if not running:
+                return
+            for block in running[0]:
+                yield ray.get(block)
+                del block  # else the store keeps it until the next one is there
+            running.popleft()
+    except ray.exceptions.RayTaskError as error:
+        raise _user_error(error) or error from None
+    finally:
+        for task in [] if sys.is_finalizing() else running:
+            with suppress(ray.exceptions.RayError):  # it has ended, or its node has
+                ray.cancel(task)
+
+
+def ahead(blocks: Iterator[Block], count: int) -> Iterator[Block]:
+    """Yield what `blocks` yields, fetched by a thread up to `count` before it is asked for."""
+    with ThreadPoolExecutor(1) as fetcher:
+        fetched = deque(fetcher.submit(next, blocks, None) for _ in range(count))
+        try:
+            while (block := fetched.popleft().result()) is not None:
+                fetched.append(fetcher.submit(next, blocks, None))
+                yield block
+        finally:
+            for future in fetched:
+                future.cancel()
+            with suppress(RuntimeError):  # the interpreter ends
+                fetcher.submit(blocks.close)  # type: ignore[attr-defined]  # by the thread that runs it
 
 
 def cut_batches(blocks: Iterable[Block], batch: int) -> Iterator[Block]:
-    """Yield `batch` rows at a time (the last ones may be fewer); blocks of whole batches are cut without a copy.
-
-    `iter_batches(batch_size=batch)` gives the same and copies every batch.
-    """
+    """Yield `batch` rows at a time (the last ones may be fewer); blocks of whole batches are cut without a copy."""
     rest: Block = {}
     for block in blocks:
         if rest:
@@ -125,33 +197,6 @@ def cut_batches(blocks: Iterable[Block], batch: int) -> Iterator[Block]:
         yield rest
 
 
-def _dataset(
-    work: Any, refs: dict[str, Any], ranges: list[tuple[int, int]], world: int, block_bytes: int
-) -> ray.data.Dataset:
-    """Build one fused operator over ranges; its settings stay with this dataset."""
-    context = ray.data.DataContext.get_current().copy()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    context.target_max_block_size = block_bytes  # a little less than the other columns make it
-    tasks = max(1, int(ray.cluster_resources().get("CPU", 1)) // world)
-    tasks = min(tasks, len(ranges))
-    context.execution_options.resource_limits = ray.data.ExecutionResources(
-        object_store_memory=TASK_BLOCKS * max(block_bytes, BLOCK_BYTES) * tasks
-    )
-    with ray.data.DataContext.current(context):
-        items = [{"start": start, "stop": stop} for start, stop in ranges]
-        dataset = ray.data.from_items(items, override_num_blocks=len(items))
-        with warnings.catch_warnings():  # Ray 2.60 calls max_retries deprecated and has no other name for it
-            warnings.simplefilter("ignore", DeprecationWarning)
-            return dataset.map_batches(
-                partial(_fetch_and_read, work=work, refs=refs),
-                batch_size=1,
-                num_cpus=TASK_CPUS,
-                compute=ray.data.TaskPoolStrategy(size=tasks),
-                max_retries=TASK_RETRIES,
-            )
-
-
 def _user_error(error: BaseException | None) -> UserError | None:
     """Return the UserError that a task raised, from under what Ray wraps around it and without the lines it adds."""
     while error is not None and not isinstance(error, UserError | ray.exceptions.RayError):
@@ -161,18 +206,6 @@ def _user_error(error: BaseException | None) -> UserError | None:
     ):  # first: Ray's class for a task's error is of the error's class too
         return _user_error(getattr(error, "cause", None))
     return None if error is None else UserError(str(error).partition("\n")[0])
-
-
-def _fetch_and_read(item: Block, work: Any, refs: dict[str, Any]) -> Iterator[Block]:
-    yield from work(item, **{name: ray.get(ref) for name, ref in refs.items()})
-
-
-def _read_range(
-    item: Block, *, filesystem: fs.FileSystem, folder: str, table: pa.Table, rows: np.ndarray, position: np.ndarray,
-    batch: int, shape: Shape,
-) -> Iterator[Block]:  # fmt: skip
-    part = slice(int(item["start"][0]), int(item["stop"][0]))
-    yield from read_rows(filesystem, folder, table, rows[part], position[part], batch, shape)
 
 
 class BadImages:

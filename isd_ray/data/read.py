@@ -1,11 +1,11 @@
 """From rows of the index to pixels in one pass: open shards, read ranges, decode, crop. Ray tasks run this.
 
-It needs no torch (which would cost every reading process seconds to import), and every row gives an output
-row: a broken image is a row of zeros with a reason, so that batches keep their places and nothing is lost in
-silence.
+It needs no torch (which would cost every reading process seconds to import) unless the views get their colours here
+too, and every row gives an output row: a broken image is a row of zeros with a reason, so that batches keep their
+places and nothing is lost in silence.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from time import perf_counter
@@ -16,7 +16,7 @@ from PIL import Image
 from pyarrow import fs
 
 from isd_ray.data import views as v
-from isd_ray.data.decode import MAX_BYTES, BrokenImage, decode, pixels
+from isd_ray.data.decode import MAX_BYTES, BrokenImage, Picture, Shrink, decode
 from isd_ray.data.store import StoredFile
 from isd_ray.data.views import View
 
@@ -27,6 +27,10 @@ STAGES = ("read", "decode", "transform")  # what a reading task spends its time 
 HEADER = 512  # bytes before the image: the header of its member
 REMOTE_READS = 8  # requests under way in one task when the shards are not local
 
+# A crop keeps at least so many times the pixels of the view on a side where a JPEG is decoded smaller: Pillow's own
+# advice for `reducing_gap`, with which the view is hardly to be told from one of the whole image.
+REDUCING_GAP = 2
+
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -35,7 +39,8 @@ class Shape:
     """What a row looks like on the wire: uint8 [V, 3, size, size].
 
     size: (height, width); views: crops to make, one a view, with draws from (seed, epoch, position). None:
-    the image as it is, which must have this size, or with `center` its centre view (height = width).
+    the image as it is, which must have this size, or with `center` its centre view (height = width). finished: the
+    views also get their colours, so that only normalisation is left for the training device.
     """
 
     size: tuple[int, int]
@@ -43,6 +48,7 @@ class Shape:
     seed: int = 0
     epoch: int = 0
     center: bool = False
+    finished: bool = False
 
     @property
     def array(self) -> tuple[int, int, int, int]:
@@ -93,56 +99,89 @@ def _decode(
         try:
             if isinstance(content, BrokenImage):
                 raise content
-            picture = decode(content)
+            picture = decode(content, _shrink(cutters, i))
             decoded = perf_counter()
-            for cut, out in zip(cutters, image[i], strict=False):
-                cut(picture, i, out)
-            if not cutters:
-                image[i, 0] = pixels(_whole(picture, shape))
+            if cutters:
+                rgb = Image.fromarray(picture.pixels)
+                for cutter, out in zip(cutters, image[i], strict=True):
+                    cutter.cut(picture, rgb, i, out)
+            else:
+                image[i, 0] = _whole(picture, shape).transpose(2, 0, 1)
             seconds[i, 1:] = decoded - start, perf_counter() - decoded
         except BrokenImage as error:
             image[i] = 0
             reason[i] = str(error)
+    if shape.finished:
+        seconds[:, 2] += _colour(image, position, shape) / max(len(data), 1)
     return image, reason, seconds
 
 
-Cutter = Callable[[Image.Image, int, np.ndarray], None]
+def _colour(image: np.ndarray, position: np.ndarray, shape: Shape) -> float:
+    """Give the cropped views [b, V, 3, S, S] their colours, in place; returns the seconds that took."""
+    from isd_ray.data.augment import colour_views  # torch
+
+    start = perf_counter()
+    assert shape.views is not None
+    colour_views(image, shape.views, v.view_draws(shape.seed, shape.epoch, position, len(shape.views)))
+    return perf_counter() - start
+
+
+class Cutter:
+    """Makes one view's crops of a batch, from draws at `position` [b]; `side` is the view's, in pixels."""
+
+    def __init__(self, view: View, u: np.ndarray, side: int):
+        self.side, self.filter = side, FILTERS[view.interpolation]
+        self._share, self._ratio = v.crop_tries(view, u)
+        self._mirrored, self._top_left = v.flipped(view, u), u[:, [v.TOP, v.LEFT]].tolist()
+
+    def box(self, i: int, width: int, height: int) -> tuple[int, int, int, int]:
+        """Return (top, left, h, w) of the crop of image i of the batch, which has this size [pixels]."""
+        top, left = self._top_left[i]
+        return v.crop_box(self._share[i], self._ratio[i], top, left, width, height)
+
+    def cut(self, picture: Picture, rgb: Image.Image, i: int, out: np.ndarray) -> None:
+        """Write the crop of `picture`, whose pixels are `rgb`, into out uint8 [3, S, S] with S >= side."""
+        top, left, h, w = self.box(i, picture.width, picture.height)
+        size = (self.side, self.side)
+        if rgb.size == (picture.width, picture.height):
+            part = rgb.crop((left, top, left + w, top + h)).resize(size, self.filter)
+        else:  # decoded at a fraction: the box need not lie on its pixels
+            x, y = rgb.width / picture.width, rgb.height / picture.height
+            part = rgb.resize(size, self.filter, box=(left * x, top * y, (left + w) * x, (top + h) * y))
+        part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self._mirrored[i] else part
+        out[:, : self.side, : self.side] = np.asarray(part).transpose(2, 0, 1)
 
 
 def _cutters(position: np.ndarray, shape: Shape) -> list[Cutter]:
-    """Return, for each view, what writes its crop of image i of the batch into out uint8 [3, side, side]."""
+    """Return what makes the crops of each view; none where images travel whole."""
     if shape.views is None:
         return []
     numbers = v.view_draws(shape.seed, shape.epoch, position, len(shape.views))
-    return [
-        _cutter(view, u, view.pixels(shape.size[0])) for view, u in zip(shape.views, numbers, strict=True)
-    ]
+    return [Cutter(view, u, view.pixels(shape.size[0])) for view, u in zip(shape.views, numbers, strict=True)]
 
 
-def _cutter(view: View, u: np.ndarray, side: int) -> Cutter:
-    share, ratio = v.crop_tries(view, u)
-    mirrored, top_left = v.flipped(view, u), u[:, [v.TOP, v.LEFT]].tolist()
+def _shrink(cutters: list[Cutter], i: int) -> Shrink | None:
+    """Return by what factor image i of the batch may be decoded smaller: all its crops keep enough pixels."""
+    if not cutters:
+        return None
 
-    def cut(picture: Image.Image, i: int, out: np.ndarray) -> None:
-        u_top, u_left = top_left[i]
-        top, left, h, w = v.crop_box(share[i], ratio[i], u_top, u_left, picture.width, picture.height)
-        part = picture.crop((left, top, left + w, top + h)).resize((side, side), FILTERS[view.interpolation])
-        part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored[i] else part
-        out[:, :side, :side] = np.asarray(part).transpose(2, 0, 1)
+    def factor(width: int, height: int) -> int:
+        room = min(min(c.box(i, width, height)[2:]) / c.side for c in cutters)
+        return max(f for f in (1, 2, 4, 8) if f == 1 or f * REDUCING_GAP <= room)
 
-    return cut
+    return factor
 
 
-def _whole(picture: Image.Image, shape: Shape) -> Image.Image:
+def _whole(picture: Picture, shape: Shape) -> np.ndarray:
     """Return the image as it is, or its centre view. Raises BrokenImage when its size is not the index's."""
     height, width = shape.size
-    if shape.center and picture.size != (width, height):
-        new_width, new_height, left, top = v.center_geometry(*picture.size, width)
-        picture = picture.resize((new_width, new_height), Image.Resampling.BILINEAR)
-        picture = picture.crop((left, top, left + width, top + height))
-    if picture.size != (width, height):
+    if shape.center and (picture.width, picture.height) != (width, height):
+        new_width, new_height, left, top = v.center_geometry(picture.width, picture.height, width)
+        resized = Image.fromarray(picture.pixels).resize((new_width, new_height), Image.Resampling.BILINEAR)
+        return np.asarray(resized.crop((left, top, left + width, top + height)))
+    if (picture.width, picture.height) != (width, height):
         raise BrokenImage(f"{picture.width} x {picture.height} pixels, but the index says {width} x {height}")
-    return picture
+    return picture.pixels
 
 
 def read_bytes(filesystem: fs.FileSystem, folder: str, table: pa.Table) -> list[bytes | BrokenImage]:

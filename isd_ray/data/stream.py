@@ -1,8 +1,8 @@
 """Batches of images for one rank, in the order of the plan: nothing is lost, repeated or reordered on the way.
 
-The plan decides, Ray Data carries out: each rank runs its own dataset over its columns of the plan, in which
-one fused operator opens the shards, reads ranges, decodes and crops, with preserve_order. Small sets of one
-image size are decoded once and kept in memory; a step is then one gather.
+The plan decides, Ray's tasks carry out: each rank has its columns of the plan read by tasks of its own, which open the
+shards, read ranges, decode and crop, wherever the cluster has CPUs. Small sets of one image size are decoded once and
+kept in memory; a step is then one gather.
 """
 
 import os
@@ -32,9 +32,9 @@ CACHES = ("auto", "memory", "none")
 class Batch:
     """A rank's part of one global batch.
 
-    image: uint8 [b, V, 3, H, W]: the whole image (V = 1), or, where `cropped`, one crop a view; index: int64
-    [b], rows of the index table; label: int64 [b], -1 for none; position: int64 [b], place in the epoch, the
-    key of all random draws together with `epoch` and `seed`.
+    image: uint8 [b, V, 3, H, W]: the whole image (V = 1), or, where `cropped`, one crop a view, which has its colours
+    already where `finished`; index: int64 [b], rows of the index table; label: int64 [b], -1 for none; position: int64
+    [b], place in the epoch, the key of all random draws together with `epoch` and `seed`.
     """
 
     image: Tensor
@@ -44,6 +44,7 @@ class Batch:
     epoch: int
     seed: int
     cropped: bool = False
+    finished: bool = False
 
 
 class Stream:
@@ -52,18 +53,20 @@ class Stream:
     table: the index; size: side of a view in pixels; views: names or View values; rank, world: this rank's
     place. cache: "memory" keeps the decoded set in this process (every rank holds all of it, since the plan
     mixes the whole set); "none" reads the shards every epoch; "auto" takes memory for a set of one image size
-    that needs at most 2 GiB and a fifth of the machine's memory. max_bad: share of the set that may be
-    broken; a rank counts the broken images that it has met, each once, in `bad`.
+    that needs at most 2 GiB and a fifth of the machine's memory. finish: have the reading tasks make the views
+    altogether, not only their crops. max_bad: share of the set that may be broken; a rank counts the broken images that
+    it has met, each once, in `bad`.
 
-    With cache="none" and T concurrent tasks (the rank's share of the cluster's CPUs) memory is bounded, whatever the
-    size of the set and the speed of its reader: here by two batches ahead; in the object store by T x 32 MiB, past
-    which no task starts, and the decoded ranges of the T tasks that may run by then (1,024 images each, or one window
-    of `chunk` steps where that is more); in a task by the encoded images of its range.
+    With cache="none" memory is bounded, whatever the size of the set and the speed of its reader: in the object store
+    by T + 1 times 32 MiB of decoded images (or one batch, where that is more), T being the tasks at once, the rank's
+    share of the cluster's CPUs, or fewer where all ranks' would fill more than half of the store; in a task by the
+    encoded images of its range (1,024 images, or one window of `chunk` steps where that is more) and one block.
 
-    The batches depend on (table, seed, global_batch) only, not on cache, world or the machine.
+    The batches depend on (table, seed, global_batch) only, not on cache, world or the machine; `finish` rounds them to
+    whole grey levels.
 
-    Raises UserError for an unknown view or cache, for a cache that cannot hold the set, and for a set smaller
-    than one global batch.
+    Raises UserError for an unknown view or cache, for a cache that cannot hold the set or its finished views, and for a
+    set smaller than one global batch.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Stream:
         rank: int = 0,
         world: int = 1,
         cache: Literal["auto", "memory", "none"] = "auto",
+        finish: bool = False,
         max_bad: float = 0.01,
     ):
         if not 0 < world <= global_batch:
@@ -86,7 +90,7 @@ class Stream:
         self.table, self.seed, self.global_batch, self.size = table, seed, global_batch, size
         self.rank, self.world = rank, world
         self.views = get_views(views)
-        self.cache = _choose_cache(table, cache)
+        self.cache, self.finish = _choose_cache(table, cache, finish), finish
         self.chunk = chunk_for(table, global_batch)
         self._shards = shard_codes(table)
         self._labels = torch.from_numpy(index_table.labels(table))
@@ -140,11 +144,12 @@ class Stream:
             yield self._batch(images[torch.from_numpy(row)].unsqueeze(1), row, position[step][good], epoch)
 
     def _from_shards(self, rows: np.ndarray, position: np.ndarray, epoch: int, start: int) -> Iterator[Batch]:
-        whole = one_size(self.table)
+        whole = None if self.finish else one_size(self.table)
+        side = (self.size, self.size)
         shape = (
             Shape(whole[::-1])
             if whole
-            else Shape((self.size, self.size), tuple(self.views), self.seed, epoch)
+            else Shape(side, tuple(self.views), self.seed, epoch, finished=self.finish)
         )
         local = rows.shape[1]
         chunk = 1 if self._blocks.is_local else self.chunk
@@ -156,13 +161,13 @@ class Stream:
             row = block["row"][good]
             self._require_some(row, step)
             image = good_images(block, good)
-            yield self._batch(image, row, block["position"][good], epoch, cropped=whole is None)
+            kind = {"cropped": whole is None, "finished": self.finish}
+            yield self._batch(image, row, block["position"][good], epoch, **kind)
 
-    def _batch(
-        self, image: Tensor, row: np.ndarray, position: np.ndarray, epoch: int, cropped: bool = False
-    ) -> Batch:
+    def _batch(self, image: Tensor, row: np.ndarray, position: np.ndarray, epoch: int, **kind: bool) -> Batch:
         index = torch.from_numpy(row)
-        return Batch(image, index, self._labels[index], torch.from_numpy(position), epoch, self.seed, cropped)
+        place = torch.from_numpy(position)
+        return Batch(image, index, self._labels[index], place, epoch, self.seed, **kind)
 
     def _decoded(self) -> tuple[Tensor, np.ndarray]:
         """Return the whole set, uint8 [N, 3, H, W], and which rows are good; decoded at the first call."""
@@ -226,11 +231,15 @@ def _windows(start: int, steps: int, chunk: int, local: int, images: int) -> lis
     return [(a, b) for a, b in pairwise(edges) if a < b]
 
 
-def _choose_cache(table: pa.Table, cache: str) -> str:
+def _choose_cache(table: pa.Table, cache: str, finish: bool) -> str:
     if cache not in CACHES:
         raise UserError(f"No cache is named '{cache}'.{nearest(cache, CACHES)} Known: {', '.join(CACHES)}.")
     if cache == "memory" and one_size(table) is None:
         raise UserError("cache=memory needs images of one size, and these differ: use cache=auto or none.")
+    if cache == "memory" and finish:
+        raise UserError("cache=memory keeps whole images, so tasks cannot make their views: use cache=none.")
+    if cache == "auto" and finish:
+        return "none"
     if cache != "auto":
         return cache
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

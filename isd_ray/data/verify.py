@@ -129,6 +129,6 @@ def _image_problem(content: bytes | BrokenImage, width: int, height: int) -> str
         picture = decode(content)
     except BrokenImage as error:
         return str(error)
-    if picture.size != (width, height):
+    if (picture.width, picture.height) != (width, height):
         return f"{picture.width} x {picture.height} pixels, the index says {width} x {height}"
     return None

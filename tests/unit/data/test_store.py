@@ -111,11 +111,12 @@ def test_a_store_that_fails_for_good_ends_in_one_line(bucket, monkeypatch):
 
 
 def test_the_line_comes_out_of_a_ray_task(ray_session, disk, monkeypatch):
-    def fail(item, **_):
+    @ray_session.remote
+    def fail(*_):
         raise store.StoreError("the store failed")
         yield
 
-    monkeypatch.setattr(blocks, "_read_range", fail)
+    monkeypatch.setattr(blocks, "READER", fail)
     with pytest.raises(UserError, match=r"^the store failed$"):
         epoch(index.read_index(str(disk)))
 
