@@ -4,7 +4,7 @@ Per-sample randomness in a batch usually means a Python loop over images. Here a
 mirror are two batched matrix products, and each colour operation runs once on the samples that drew it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -79,7 +79,7 @@ def colour_views(images: np.ndarray, views: Sequence[View], u: np.ndarray) -> No
 
 def _parts(x: Tensor) -> list[slice]:
     """Cut a batch [b, C, H, W] into a few images at a time on a CPU: they stay in its cache from step to step."""
-    few = max(1, 2 * colour.CACHE_BYTES // (4 * x[0].numel())) if x.device.type == "cpu" else len(x)
+    few = max(1, colour.CACHE_BYTES // (4 * x[0].numel())) if x.device.type == "cpu" else len(x)
     return [slice(start, start + few) for start in range(0, len(x), few)]
 
 
@@ -136,10 +136,10 @@ def photometric(x: Tensor, view: View, u: np.ndarray) -> Tensor:
     if not view.grey_first:
         _grey(x, view, u)
     if x.shape[-1] >= view.blur_from:
-        chosen = _chosen(u[:, v.BLUR] < view.blur_p, x)
+        blurred = u[:, v.BLUR] < view.blur_p
         low, high = view.sigma
-        sigma = _values(low + u[:, v.SIGMA] * (high - low), x)[chosen]
-        _replace(x, chosen, lambda part: colour.blur(part, sigma, high))
+        sigma = _values(low + u[blurred, v.SIGMA] * (high - low), x)
+        _replace(x, _chosen(blurred, x), lambda part: colour.blur(part, sigma, high))
     _replace(x, _chosen(u[:, v.SOLARIZE] < view.solarize_p, x), colour.solarize)
     return x
 
@@ -158,11 +158,18 @@ def _jitter(x: Tensor, view: View, u: np.ndarray) -> None:
     low = np.append(np.maximum(1 - strength[:3], 0), -strength[3])
     high = np.append(1 + strength[:3], strength[3])
     factors = _values(low + u[:, v.FACTORS] * (high - low), x)
+    operations = (colour.brightness, colour.contrast, colour.saturation, colour.hue)
     for turn in range(4):
-        for k, operation in enumerate((colour.brightness, colour.contrast, colour.saturation, colour.hue)):
-            if strength[k] > 0:
-                index = _chosen(chosen & (order[:, turn] == k), x)
-                _replace(x, index, lambda part, f=factors[index, k], op=operation: op(part, f))
+        for k, operation in enumerate(operations):
+            mask = chosen & (order[:, turn] == k)
+            if strength[k] > 0 and mask.any():
+                index = _chosen(mask, x)
+                _replace(x, index, _with(operation, factors[index, k]))
+
+
+def _with(operation: Callable[[Tensor, Tensor], Tensor], values: Tensor) -> Callable[[Tensor], Tensor]:
+    """Bind the strength of each sample."""
+    return lambda images: operation(images, values)
 
 
 def _chosen(mask: np.ndarray, x: Tensor) -> Tensor:
@@ -173,8 +180,10 @@ def _values(values: np.ndarray, x: Tensor) -> Tensor:
     return torch.from_numpy(values).to(x.device, x.dtype)
 
 
-def _replace(x: Tensor, index: Tensor, operation) -> None:
-    if len(index):
+def _replace(x: Tensor, index: Tensor, operation: Callable[[Tensor], Tensor]) -> None:
+    if len(index) == len(x):
+        x.copy_(operation(x))
+    elif len(index):
         x[index] = operation(x[index])
 
 

@@ -8,7 +8,7 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from isd_ray.data import augment, colour
+from isd_ray.data import colour
 from isd_ray.data import views as v
 from isd_ray.data.augment import VIEWS, View, center_view, crop, draws, make_views, photometric
 from isd_ray.data.stream import Batch
@@ -231,10 +231,14 @@ def test_blur_by_taps_equals_blur_by_matrices(images):
 
 
 def test_a_batch_larger_than_the_cache_gets_the_same_colours(images, monkeypatch):
-    view, u = replace(VIEWS["strong"], blur_from=0), v.view_draws(0, 0, np.arange(len(images)), 1)[0]
-    whole = augment._coloured(images.clone(), view, u, ZERO, ONE)
+    view = replace(VIEWS["strong"], blur_from=0)
+    rows = torch.arange(len(images))
+    pixels = images.mul(255).round().to(torch.uint8)[:, None]
+    batch = Batch(pixels, rows, rows, rows, epoch=0, seed=0, cropped=True)
+    (whole,) = make_views(batch, [view], pixels.shape[-1], ZERO, ONE)
     monkeypatch.setattr(colour, "CACHE_BYTES", 1)
-    assert torch.allclose(augment._coloured(images.clone(), view, u, ZERO, ONE), whole, atol=1e-6)
+    (by_image,) = make_views(batch, [view], pixels.shape[-1], ZERO, ONE)
+    assert torch.allclose(by_image, whole, atol=5e-4)  # blur leaves out other weights
 
 
 def test_one_crop_box_equals_its_row_of_many():
