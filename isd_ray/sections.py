@@ -45,8 +45,10 @@ class DataConfig(Section):
     image_size: int = Field(32, ge=8, le=1024, description="Side of a view [pixels]")
     mean: list[float] = Field([0.485, 0.456, 0.406], description="Mean of the channels, on a 0..1 scale")
     std: list[float] = Field([0.229, 0.224, 0.225], description="Deviation of the channels")
-    cache: Literal["auto", "memory", "none"] = Field(
-        "auto", description="Keep decoded images in memory, stream them, or choose by size"
+    cache: Literal["auto", "memory", "object_store", "device", "none"] = Field(
+        "auto",
+        description="Decoded images of one size are kept by every worker, once a node in Ray's object store, or on the "
+        "training device; none streams the shards every epoch; auto: memory up to 2 GiB, else none",
     )
     augment_on: Literal["auto", "device", "tasks"] = Field(
         "auto",

@@ -5,12 +5,10 @@ shards, read ranges, decode and crop, wherever the cluster has CPUs. Small sets 
 kept in memory; a step is then one gather.
 """
 
-import os
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,18 +17,16 @@ from torch import Tensor
 
 from isd_ray.data import index as index_table
 from isd_ray.data.blocks import BadImages, Blocks, task_rows
-from isd_ray.data.plan import MEMORY_LIMIT, chunk_for, fits_memory, one_size, plan, rank_columns, shard_codes
+from isd_ray.data.cache import TASK_IMAGES, Decoded, choose_cache, decoded, in_index_order, read_only
+from isd_ray.data.plan import chunk_for, one_size, plan, rank_columns, shard_codes
 from isd_ray.data.read import STAGES, Shape
 from isd_ray.data.views import View, get_views
-from isd_ray.errors import UserError, nearest
-
-TASK_IMAGES = 1024  # most images that one task reads from local shards; its start costs milliseconds
-CACHES = ("auto", "memory", "none")
+from isd_ray.errors import UserError
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A rank's part of one global batch.
+    """A rank's part of one global batch, on the CPU (the images elsewhere where they are kept on a device).
 
     image: uint8 [b, V, 3, H, W]: the whole image (V = 1), or, where `cropped`, one crop a view, which has its colours
     already where `finished`; index: int64 [b], rows of the index table; label: int64 [b], -1 for none; position: int64
@@ -51,9 +47,10 @@ class Stream:
     """The batches of one rank.
 
     table: the index; size: side of a view in pixels; views: names or View values; rank, world: this rank's
-    place. cache: "memory" keeps the decoded set in this process (every rank holds all of it, since the plan
-    mixes the whole set); "none" reads the shards every epoch; "auto" takes memory for a set of one image size
-    that needs at most 2 GiB and a fifth of the machine's memory. finish: have the reading tasks make the views
+    place. cache: "memory" keeps the decoded set in this process (every rank holds all of it, since the plan mixes the
+    whole set); "object_store" once a node, for all its ranks; "device" on `device`, where batches then lie; "none"
+    reads the shards every epoch; "auto" takes memory for a set of one image size that needs at most 2 GiB and a fifth
+    of the machine's memory, else none. finish: have the reading tasks make the views
     altogether, not only their crops. max_bad: share of the set that may be broken; a rank counts the broken images that
     it has met, each once, in `bad`.
 
@@ -79,7 +76,8 @@ class Stream:
         views: Sequence[str | View],
         rank: int = 0,
         world: int = 1,
-        cache: Literal["auto", "memory", "none"] = "auto",
+        cache: str = "auto",
+        device: str | torch.device = "cpu",
         finish: bool = False,
         max_bad: float = 0.01,
     ):
@@ -90,14 +88,15 @@ class Stream:
         self.table, self.seed, self.global_batch, self.size = table, seed, global_batch, size
         self.rank, self.world = rank, world
         self.views = get_views(views)
-        self.cache, self.finish = _choose_cache(table, cache, finish), finish
+        self.cache, self.finish = choose_cache(table, cache, finish), finish
+        self.device = torch.device(device)
         self.chunk = chunk_for(table, global_batch)
         self._shards = shard_codes(table)
         self._labels = torch.from_numpy(index_table.labels(table))
         self._bad = BadImages(table, max_bad)
         self._blocks = Blocks(table)
         self._stages, self._read = np.zeros(len(STAGES)), 0
-        self._memory: tuple[Tensor, np.ndarray] | None = None
+        self._kept: Decoded | None = None
 
     @property
     def steps(self) -> int:
@@ -132,7 +131,7 @@ class Stream:
         rows = plan(self._shards, self.seed, epoch, self.global_batch, self.chunk)
         columns = rank_columns(self.global_batch, self.rank, self.world)
         position = np.arange(rows.size).reshape(rows.shape)[:, columns]
-        batches = self._from_memory if self.cache == "memory" else self._from_shards
+        batches = self._from_shards if self.cache == "none" else self._from_memory
         yield from batches(rows[:, columns], position, epoch, start)
 
     def _from_memory(self, rows: np.ndarray, position: np.ndarray, epoch: int, start: int) -> Iterator[Batch]:
@@ -141,7 +140,8 @@ class Stream:
             good = is_good[rows[step]]
             row = rows[step][good]
             self._require_some(row, step)
-            yield self._batch(images[torch.from_numpy(row)].unsqueeze(1), row, position[step][good], epoch)
+            image = images[torch.from_numpy(row).to(images.device)].unsqueeze(1)
+            yield self._batch(image, row, position[step][good], epoch)
 
     def _from_shards(self, rows: np.ndarray, position: np.ndarray, epoch: int, start: int) -> Iterator[Batch]:
         whole = None if self.finish else one_size(self.table)
@@ -171,15 +171,13 @@ class Stream:
 
     def _decoded(self) -> tuple[Tensor, np.ndarray]:
         """Return the whole set, uint8 [N, 3, H, W], and which rows are good; decoded at the first call."""
-        if self._memory is None:
-            width, height = one_size(self.table) or (0, 0)
-            images = torch.empty(self.table.num_rows, 3, height, width, dtype=torch.uint8)
-            is_good = np.zeros(self.table.num_rows, dtype=bool)
-            for block in _in_order(self._blocks, Shape((height, width)), 256, self.world):
-                images.numpy()[block["row"]] = block["image"][:, 0]
-                is_good[block["row"]] = self._good(block)
-            self._memory = images, is_good
-        return self._memory
+        if self._kept is None:
+            self._kept = decoded(self._blocks, self.cache, self.device, self.world)
+            rows = np.arange(self.table.num_rows)
+            self._is_good = self._good(
+                {"row": rows, "reason": self._kept.reason, "seconds": self._kept.seconds}
+            )
+        return self._kept.images, self._is_good
 
     def _require_some(self, rows: np.ndarray, step: int) -> None:
         if len(rows) == 0:
@@ -199,7 +197,7 @@ def ordered(table: pa.Table, *, size: int, batch: int = 256, max_bad: float = 0.
     shape = Shape(whole[::-1]) if whole else Shape((size, size), center=True)
     labels = torch.from_numpy(index_table.labels(table))
     bad = BadImages(table, max_bad)
-    for block in _in_order(Blocks(table), shape, batch):
+    for block in in_index_order(Blocks(table), shape, batch):
         good = bad.note(block)
         index = torch.from_numpy(block["row"][good])
         yield Batch(good_images(block, good), index, labels[index], index, epoch=0, seed=0)
@@ -207,17 +205,7 @@ def ordered(table: pa.Table, *, size: int, batch: int = 256, max_bad: float = 0.
 
 def good_images(block: dict[str, np.ndarray], good: np.ndarray) -> Tensor:
     """Return the good images of a block; where all are, without a copy: do not write to them."""
-    images = block["image"] if good.all() else block["image"][good]
-    with warnings.catch_warnings():  # torch cannot mark a tensor as read-only, as Ray's shared memory is
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return torch.from_numpy(images)
-
-
-def _in_order(reader: Blocks, shape: Shape, batch: int, world: int = 1) -> Iterator[dict[str, np.ndarray]]:
-    rows = np.arange(reader.table.num_rows)
-    step = batch * max(1, min(TASK_IMAGES, task_rows(batch, shape)) // batch)
-    ranges = [(a, min(a + step, len(rows))) for a in range(0, len(rows), step)]
-    yield from reader.read(rows, rows, ranges, batch, shape, world)
+    return read_only(block["image"] if good.all() else block["image"][good])
 
 
 def _windows(start: int, steps: int, chunk: int, local: int, images: int) -> list[tuple[int, int]]:
@@ -229,18 +217,3 @@ def _windows(start: int, steps: int, chunk: int, local: int, images: int) -> lis
     window = chunk * max(1, images // (chunk * local))
     edges = [start, *range((start // window + 1) * window, steps, window), steps]
     return [(a, b) for a, b in pairwise(edges) if a < b]
-
-
-def _choose_cache(table: pa.Table, cache: str, finish: bool) -> str:
-    if cache not in CACHES:
-        raise UserError(f"No cache is named '{cache}'.{nearest(cache, CACHES)} Known: {', '.join(CACHES)}.")
-    if cache == "memory" and one_size(table) is None:
-        raise UserError("cache=memory needs images of one size, and these differ: use cache=auto or none.")
-    if cache == "memory" and finish:
-        raise UserError("cache=memory keeps whole images, so tasks cannot make their views: use cache=none.")
-    if cache == "auto" and finish:
-        return "none"
-    if cache != "auto":
-        return cache
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return "memory" if fits_memory(table, min(MEMORY_LIMIT, machine // 5)) else "none"

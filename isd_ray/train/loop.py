@@ -58,6 +58,7 @@ def build_stream(config: Config, folder: RunFolder, worker: Worker) -> Stream:
         rank=worker.rank,
         world=worker.world,
         cache=config.data.cache,
+        device=worker.device,
         finish=finish_in_tasks(config, table, worker.device),
         max_bad=config.data.max_bad,
     )

@@ -71,7 +71,7 @@ def assert_equal(found: list, expected: list) -> None:
         assert a.cropped == b.cropped
 
 
-@pytest.mark.parametrize("cache", ["none", "memory"])
+@pytest.mark.parametrize("cache", ["none", "memory", "object_store", "device"])
 def test_ray_and_this_process_give_the_same_batches(ray_session, monkeypatch, table, cache):
     table = one_size(table)
     assert_equal(epoch(table, cache=cache), without_ray(monkeypatch, table, cache="none"))
@@ -220,3 +220,21 @@ def test_whole_images_are_cropped_in_tasks_where_these_finish_views(ray_session,
         assert max((x - y).abs().max() for x, y in zip(a, b, strict=True)) <= 2
     with pytest.raises(UserError, match="cache=none"):
         epoch(one, cache="memory", finish=True)
+
+
+def test_ranks_share_one_copy_in_the_object_store(ray_session, table):
+    one = one_size(table)
+    free = ray_session.available_resources()["object_store_memory"]
+    streams = [
+        Stream(one, seed=1, global_batch=24, size=16, views=["weak"], rank=r, world=3, cache="object_store")
+        for r in range(3)
+    ]
+    first = [next(stream.epoch(0)) for stream in streams]
+    time.sleep(0.5)  # the store hears of it a little later
+    used = free - ray_session.available_resources()["object_store_memory"]
+    images = one.num_rows * 3 * 24 * 24
+    assert images <= used < 2 * images
+    whole = epoch(one, cache="memory")  # epoch 3
+    parts = [list(stream.epoch(3)) for stream in streams]
+    assert torch.equal(torch.cat([part[0].image for part in parts]), whole[0].image)
+    assert len({batch.image.shape for batch in first}) == 1

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from isd_ray.data import decode as module
+from isd_ray.data import read
 from isd_ray.data.decode import BrokenImage, decode
+from isd_ray.data.views import VIEWS
 
 RGB = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
 
@@ -52,6 +54,67 @@ def test_equals_pillow(name):
     found = decode(FILES[name]).pixels
     assert found.dtype == np.uint8
     assert np.array_equal(found, np.asarray(expected))
+
+
+JPEGS = st.fixed_dictionaries(
+    {
+        "subsampling": st.sampled_from([0, 1, 2]),
+        "quality": st.integers(5, 100),
+        "progressive": st.booleans(),
+        "optimize": st.booleans(),
+    }
+)
+
+
+@given(JPEGS, st.integers(1, 70), st.integers(1, 70), st.sampled_from(["RGB", "L"]), st.integers(1, 8))
+@settings(max_examples=100, deadline=None)
+def test_every_kind_of_jpeg_equals_pillow_and_a_fraction_equals_its_draft(options, width, height, mode, turn):
+    noise = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    data = encode(Image.fromarray(noise).convert(mode), "JPEG", exif=exif, **options)
+    with Image.open(io.BytesIO(data)) as image:
+        upright = ImageOps.exif_transpose(image)
+        assert np.array_equal(decode(data).pixels, np.asarray(upright.convert("RGB")))
+        assert decode(data)[1:] == upright.size
+    for factor in (2, 4, 8):
+        if width % factor or height % factor:  # Pillow rounds what it is asked for
+            continue
+        with Image.open(io.BytesIO(data)) as image:
+            image.draft(mode, (width // factor, height // factor))
+            expected = ImageOps.exif_transpose(image).convert("RGB")
+        found = decode(data, shrink=lambda *_: factor)  # noqa: B023
+        assert found[1:] == upright.size
+        assert np.array_equal(found.pixels, np.asarray(expected))
+
+
+def test_large_jpegs_are_decoded_smaller_and_give_nearly_the_same_views():
+    """The smallest crop keeps twice the pixels of the view on a side."""
+    rough = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    data = encode(Image.fromarray(rough).resize((1600, 1200), Image.Resampling.BICUBIC), "JPEG", quality=90)
+    views = (VIEWS["weak"], VIEWS["weak"])
+    position = np.arange(32)
+    for size, factors in ((64, {1, 2, 4, 8}), (400, {1})):
+        cutters = read._cutters(position, read.Shape((size, size), views))
+        found = set()
+        for i in range(32):
+            shrink = read._shrink(cutters, i)
+            assert shrink is not None
+            factor = shrink(1600, 1200)
+            sides = [side for cutter in cutters for side in cutter.box(i, 1600, 1200)[2:]]
+            assert factor == 1 or min(sides) / factor >= 2 * size
+            assert factor == 8 or min(sides) / factor < 4 * size
+            found.add(factor)
+        assert found <= factors
+    assert found == {1}
+    shape = read.Shape((64, 64), views)
+    small, _, _ = read._decode([data] * 4, position[:4], shape)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(read, "_shrink", lambda *_: None)
+        whole, _, _ = read._decode([data] * 4, position[:4], shape)
+    difference = np.abs(small.astype(int) - whole)
+    assert difference.max() > 0  # it was decoded smaller
+    assert difference.mean() < 1  # grey level
 
 
 def test_exif_orientation_turns_the_image():
