@@ -23,6 +23,7 @@ from isd_ray.data.stream import Stream
 
 # Processes that read and decode, for all contestants alike; forked, which starts them fastest.
 WORKERS: dict[str, Any] = {"num_workers": 2, "persistent_workers": True, "multiprocessing_context": "fork"}
+EACH = 512  # images of a task that only decodes
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Epoch = Callable[[int], Iterator[Any]]
 
@@ -45,8 +46,8 @@ class Case:
 # ---------------------------------------------------------------- ours
 
 
-def ours(case: Case, cache: str = "none", finish: bool = False) -> Epoch:
-    """The stream of the training loop; its views are made by the process that trains, or (`finish`) by tasks."""
+def ours(case: Case, cache: str = "none", finish: bool | None = None) -> Epoch:
+    """The stream of the training loop. finish: tasks make the views, else this process; None: the loop's default."""
     from isd_ray.data.augment import make_views
     from isd_ray.session import start_ray
 
@@ -54,12 +55,47 @@ def ours(case: Case, cache: str = "none", finish: bool = False) -> Epoch:
     views = case.views or ("weak",)
     table = read_index(f"{case.folder}/train")
     stream = Stream(
-        table, seed=0, global_batch=case.batch, size=case.size, views=views, cache=cache, finish=finish
+        table,
+        seed=0,
+        global_batch=case.batch,
+        size=case.size,
+        views=views,
+        cache=cache,
+        finish=bool(case.views) if finish is None else finish,
     )
 
     def epoch(number: int) -> Iterator[Any]:
         for batch in stream.epoch(number):
             yield make_views(batch, views, case.size, MEAN, STD) if case.views else batch.image[:, 0]
+
+    return epoch
+
+
+def decode_only(case: Case) -> Epoch:
+    """The reading tasks of the stream on every core, which read and decode and give no pixels back: no batches."""
+    import ray
+
+    from isd_ray.data.blocks import Blocks, read_range
+    from isd_ray.data.read import Shape
+    from isd_ray.session import start_ray
+
+    start_ray()
+    blocks = Blocks(read_index(f"{case.folder}/train"))
+    rows = np.random.default_rng(0).permutation(blocks.table.num_rows)
+
+    @ray.remote(num_cpus=1)
+    def count(start: int, table: Any, rows: np.ndarray) -> int:
+        place = (blocks.filesystem, blocks.folder, case.batch, Shape((case.size, case.size)))
+        stop = min(start + EACH, len(rows))
+        return sum(len(block["row"]) for block in read_range(start, stop, table, rows, rows, *place))
+
+    columns, shared = ray.put(blocks.table.select(["shard", "offset", "size"])), ray.put(rows)
+
+    def epoch(_: int) -> Iterator[Any]:
+        waiting = [count.remote(start, columns, shared) for start in range(0, len(rows), EACH)]
+        while waiting:
+            done, waiting = ray.wait(waiting)
+            yield torch.zeros(ray.get(done[0]), 1, 1, 1)
 
     return epoch
 
@@ -179,9 +215,16 @@ def ray_webdataset(case: Case) -> Epoch:
 
 CONTESTANTS: dict[str, Callable[[Case], Epoch]] = {
     "ours, streamed": ours,
-    "ours, views in tasks": partial(ours, finish=True),
+    "ours, views in this process": partial(ours, finish=False),
     "ours, in memory": partial(ours, cache="memory"),
+    "ours, decoding alone": decode_only,
     "read_webdataset + map_batches": ray_webdataset,
     "webdataset + DataLoader": webdataset_loader,
     "DataLoader over files": files_loader,
 }
+
+
+def contestants(case: Case) -> list[str]:
+    """Return who takes part: only photographs have views, and only images of one size are kept, or counted whole."""
+    left_out = {True: ("ours, in memory", "ours, decoding alone"), False: ("ours, views in this process",)}
+    return [name for name in CONTESTANTS if name not in left_out[bool(case.views)]]

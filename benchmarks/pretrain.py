@@ -2,7 +2,7 @@
 
     python -m benchmarks.pretrain
 
-Bare: views, teacher, student forward and backward and the optimiser on uint8 tensors in memory, in one process.
+With the images kept in memory (`--caches memory`) and streamed from shards every epoch (`none`). Bare: views, teacher, student forward and backward and the optimiser on uint8 tensors in memory, in one process.
 Whole: the same steps through Ray Data, Ray Train, progress, metrics and checkpoints, between the first and the last
 line of metrics.jsonl. Both take turns on the same cores with the same number of torch threads; the best turn of each
 counts, since other load on a machine only ever slows a turn down. Start-up is reported apart.
@@ -92,27 +92,32 @@ def in_process(function: Any, config: Config, seconds: float = 0.0) -> Any:
     return value
 
 
-def measure(name: str, turns: int, workers: int, threads: int) -> dict[str, Any]:
-    """Take turns between bare and whole loop for one backbone."""
+def measure(name: str, caches: list[str], turns: int, workers: int, threads: int) -> list[dict[str, Any]]:
+    """Take turns between the bare loop and the whole one with each cache, for one backbone."""
     options = COMMON | CASES[name] | {"train.workers": workers, "train.threads": threads}
-    rates: dict[str, list[float]] = {"bare": [], "whole": []}
-    outside = []
+    rates: dict[str, list[float]] = {kind: [] for kind in ("bare", *caches)}
+    outside: dict[str, list[float]] = {cache: [] for cache in caches}
     for turn in range(turns):
         with tempfile.TemporaryDirectory() as folder:
-            config = resolve(options | {"output": folder, "name": f"turn-{turn}"})
-            rates["bare"].append(in_process(bare, config, 15.0))
-            rate, seconds = in_process(whole, config)
-        rates["whole"].append(rate)
-        outside.append(seconds)
+            rates["bare"].append(in_process(bare, resolve(options | {"output": folder}), 15.0))
+            for cache in caches:
+                given = {"output": folder, "name": f"{cache}-{turn}", "data.cache": cache}
+                rate, seconds = in_process(whole, resolve(options | given))
+                rates[cache].append(rate)
+                outside[cache].append(seconds)
     best = {kind: max(values) for kind, values in rates.items()}
-    return {
-        "backbone": name,
-        "bare": round(best["bare"], 1),
-        "whole": round(best["whole"], 1),
-        "ratio": round(best["whole"] / best["bare"], 3),
-        "outside_the_loop_seconds": round(min(outside), 1),
-        "turns": {kind: [round(v, 1) for v in values] for kind, values in rates.items()},
-    }
+    return [
+        {
+            "backbone": name,
+            "cache": cache,
+            "bare": round(best["bare"], 1),
+            "whole": round(best[cache], 1),
+            "ratio": round(best[cache] / best["bare"], 3),
+            "outside_the_loop_seconds": round(min(outside[cache]), 1),
+            "turns": {kind: [round(v, 1) for v in rates[kind]] for kind in ("bare", cache)},
+        }
+        for cache in caches
+    ]
 
 
 def main() -> None:
@@ -121,6 +126,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--backbones", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--caches", nargs="+", choices=["memory", "none"], default=["memory", "none"])
     parser.add_argument("--turns", type=int, default=3, help="turns of bare and whole loop each")
     parser.add_argument(
         "--workers", type=int, default=1, help="Ray Train workers of the whole loop; 0: in process"
@@ -128,12 +134,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="torch threads of both loops")
     parser.add_argument("--json", default="results/benchmark_pretrain.json", help="where the JSON goes")
     given = parser.parse_args()
-    rows = [measure(name, given.turns, given.workers, given.threads) for name in given.backbones]
-    print(
-        "| backbone | bare, images/s | whole, images/s | ratio | outside the loop, s |\n|---|---|---|---|---|"
-    )
+    rows = []
+    for name in given.backbones:
+        rows += measure(name, given.caches, given.turns, given.workers, given.threads)
+    print("| backbone | cache | bare, images/s | whole, images/s | ratio | outside the loop, s |")
+    print("|---|---|---:|---:|---:|---:|")
     for row in rows:
-        cells = (row["backbone"], row["bare"], row["whole"], row["ratio"], row["outside_the_loop_seconds"])
+        cells = [row[k] for k in ("backbone", "cache", "bare", "whole", "ratio", "outside_the_loop_seconds")]
         print("| " + " | ".join(map(str, cells)) + " |")
     path = Path(given.json)
     path.parent.mkdir(parents=True, exist_ok=True)

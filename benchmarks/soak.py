@@ -1,4 +1,4 @@
-"""Does the stream leak? Many epochs of a small set through Ray Data, with memory, open files and speed of every epoch.
+"""Does the stream leak? Many epochs of a small set through Ray's tasks, with memory, open files and speed of every epoch.
 
     python -m benchmarks.soak
 

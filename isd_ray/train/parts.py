@@ -100,7 +100,7 @@ def run_stages(lines: list[dict[str, Any]]) -> dict[str, float]:
 
 
 ADVICE = {
-    "views": "making the views: more --train.threads, a GPU, or fewer and smaller views",
+    "views": "making the views: --data.augment_on tasks, more --train.threads, a GPU, or fewer and smaller views",
     "network": "the network itself ({}): more workers or GPUs, a smaller --model.backbone or --data.image_size",
     "queue": "the queue: a smaller --queue.size, or --queue.layout sharded over more workers",
     "communicate": "waiting for the other workers' gradients: a larger --train.batch_size, or fewer, closer workers",
@@ -110,7 +110,7 @@ ADVICE = {
 WAIT_ADVICE = {
     "read": "waiting for data (mostly reading): shards on a local disk or nearer storage, or --data.cache memory",
     "decode": "waiting for data (mostly decoding): more CPUs, smaller files in the shards, or --data.cache memory",
-    "transform": "waiting for data (mostly cropping): more CPUs, a smaller --data.image_size, or fewer views",
+    "transform": "waiting for data (mostly making views): more CPUs, a GPU, a smaller --data.image_size, or fewer views",
     "": "waiting for data: more CPUs, or more memory bandwidth where the images are already cached",
 }
 
