@@ -1,16 +1,41 @@
 """The groups of options that every run has: names, ranges, defaults and what they mean."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from isd_ray.errors import nearest
 
 
 class Section(BaseModel):
     """A group of options; unknown names are refused."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+def faults_of(model: type[BaseModel], error: ValidationError) -> list[str]:
+    """Return one line for each thing that is wrong, an unknown name with the nearest one that there is."""
+    faults = []
+    for e in error.errors():
+        name = ".".join(map(str, e["loc"]))
+        if e["type"] == "extra_forbidden":
+            known = _model_at(model, e["loc"][:-1]).model_fields
+            faults.append(f"unknown entry '{name}'.{nearest(str(e['loc'][-1]), known)}")
+        else:
+            faults.append(f"{name}: {e['msg']}")
+    return faults
+
+
+def _model_at(model: type[BaseModel], path: Sequence[str | int]) -> type[BaseModel]:
+    """Follow the path through sections and through mappings or lists of them."""
+    kind: Any = model
+    for part in path:
+        isa = isinstance(kind, type) and issubclass(kind, BaseModel)
+        kind = kind.model_fields[part].annotation if isa else get_args(kind)[-1]
+    return kind
 
 
 class DataConfig(Section):

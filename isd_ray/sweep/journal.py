@@ -80,7 +80,7 @@ def _is_whole(line: str) -> bool:
     return line.endswith("\n")
 
 
-def only_driver(folder: RunFolder) -> IO[str] | None:
+def only_driver(folder: RunFolder, what: str = "sweep") -> IO[str] | None:
     """Hold the folder for this process until it ends, however it ends; None where the folder is not local.
 
     Raises UserError while another process holds it.
@@ -96,6 +96,6 @@ def only_driver(folder: RunFolder) -> IO[str] | None:
     except OSError:
         file.close()
         raise UserError(
-            f"{folder.uri}: another process works on this sweep; wait for it, or choose another --name"
+            f"{folder.uri}: another process works on this {what}; wait for it, or choose another --name"
         ) from None
     return file

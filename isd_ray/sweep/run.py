@@ -8,6 +8,7 @@ import yaml
 from isd_ray import session
 from isd_ray.config import Config, flatten, merge
 from isd_ray.errors import UserError
+from isd_ray.room import room
 from isd_ray.sweep import report, results
 from isd_ray.sweep.check import Plan, check, resolved
 from isd_ray.sweep.journal import only_driver
@@ -37,8 +38,10 @@ def sweep(
     try:
         check_same(plan, folder)
         resources = space.resources
-        parts = max(int(plan.base["train"].get("workers", 0)), 1)
-        session.start_ray(plan.base.get("address"), (resources.concurrent or 1) * parts * resources.cpus)
+        workers = int(plan.base["train"].get("workers", 0))
+        session.start_ray(
+            plan.base.get("address"), (resources.concurrent or 1) * max(workers, 1) * resources.cpus
+        )
         config = resolved(plan, plan.default)
         splits = open_splits(config)
         check_sizes(config, splits.train)
@@ -46,7 +49,7 @@ def sweep(
             raise UserError(
                 f"the default breaks the constraint '{text}': there are {splits.train.num_rows:,} images"
             )
-        concurrent, gpus = tune.room(plan)
+        concurrent, gpus = room("trial", resources.cpus, resources.gpus, resources.concurrent, workers)
         folder.write("space.yaml", yaml.safe_dump(written(plan), sort_keys=False).encode())
         say(f"sweep folder: {folder.uri}")
         search = Search(plan, folder, splits.train.num_rows)

@@ -19,13 +19,13 @@ from isd_ray.errors import UserError
 from isd_ray.sweep.check import Plan
 from isd_ray.sweep.journal import FolderJournal
 from isd_ray.sweep.space import Space
+from isd_ray.train.failure import FAILURE
 from isd_ray.train.folder import RunFolder
 from isd_ray.train.validation import Row, read_rows
 
 DRAWS = 200  # draws in a row that may break a constraint or repeat a setting
 LEARNED_DRAWS = 20  # so many of them by the sampler; it may insist on a corner that is forbidden
 DONE = "done"
-FAILURE = "failure.json"
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 

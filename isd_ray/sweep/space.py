@@ -29,7 +29,7 @@ from pydantic import Field, ValidationError
 
 from isd_ray.config import Config, merge, read_yaml, resolve
 from isd_ray.errors import UserError, nearest
-from isd_ray.sections import Section
+from isd_ray.sections import Section, faults_of
 
 RANGES = ("uniform", "loguniform", "loguniform_below_one", "int", "logint")
 KINDS = (*RANGES, "choice")
@@ -199,7 +199,7 @@ def read_space(path: str | Path) -> Space:
     try:
         return Space(**content)
     except ValidationError as error:
-        raise UserError(f"space {path}: " + "; ".join(_fault(dict(e)) for e in error.errors())) from None
+        raise UserError(f"space {path}: " + "; ".join(faults_of(Space, error))) from None
 
 
 def parse_dimension(name: str, text: Any) -> Dimension:
@@ -251,13 +251,3 @@ def _check_range(name: str, kind: str, value: list[Any], step: Any) -> None:
 def _label(choice: Any) -> Any:
     """Optuna keeps plain values; a list of views goes as its JSON."""
     return choice if isinstance(choice, str | int | float | bool | None) else json.dumps(choice)
-
-
-def _fault(error: dict[str, Any]) -> str:
-    name = ".".join(map(str, error["loc"]))
-    if error["type"] != "extra_forbidden":
-        return f"{name}: {error['msg']}"
-    model: Any = Space
-    for part in error["loc"][:-1]:
-        model = model.model_fields[part].annotation
-    return f"unknown entry '{name}'.{nearest(str(error['loc'][-1]), model.model_fields)}"

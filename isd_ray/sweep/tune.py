@@ -6,12 +6,10 @@ What is tried and what is stopped is `Search`'s business; Tune's own state is no
 import functools
 import json
 import logging
-import math
 import os
 from collections.abc import Callable
 from typing import Any
 
-import ray
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
@@ -19,43 +17,15 @@ from ray.tune.search import Searcher
 from isd_ray.config import Config, validate
 from isd_ray.errors import UserError
 from isd_ray.sweep.check import Plan
-from isd_ray.sweep.search import DONE, FAILURE, Job, Search
-from isd_ray.sweep.trial import prepare_run, run_config, run_job
+from isd_ray.sweep.search import DONE, Job, Search
+from isd_ray.sweep.trial import run_config, run_job
+from isd_ray.train.failure import FAILURE
 from isd_ray.train.folder import RunFolder
-from isd_ray.train.trainer import open_splits
+from isd_ray.train.trainer import open_splits, prepare_run
 from isd_ray.train.validation import Row
 
-DATA_CPUS = 1  # CPUs that trials leave to the tasks that read images: without any they would wait for ever
 STOP = "stop"  # file in the folder of a run that is to end
 Event = Callable[[str, Job, dict[str, Any]], None]  # ("started" | "row" | "ended", job, numbers)
-
-
-def room(plan: Plan) -> tuple[int, float]:
-    """Return (trials at once, GPUs of a trial or of each of its workers).
-
-    Raises UserError where the cluster can never hold one trial, or not as many at once as the file asks for.
-    """
-    resources, workers = plan.space.resources, int(plan.base["train"].get("workers", 0))
-    have = ray.cluster_resources()
-    cpus, all_gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
-    gpus = resources.gpus if resources.gpus is not None else min(all_gpus, 1.0)
-    parts = max(workers, 1)  # of a trial with workers, its driver takes nothing
-    needs: dict[str, tuple[float, float]] = {"CPUs": (parts * resources.cpus, cpus - DATA_CPUS)}
-    if gpus:
-        needs["GPUs"] = (parts * gpus, all_gpus)
-    for unit, (need, free) in needs.items():
-        if need > free:
-            kept = f", {DATA_CPUS} of which is kept for reading images" if unit == "CPUs" else ""
-            raise UserError(
-                f"resources: a trial takes {need:g} {unit} and this cluster has {have.get(unit[:3], 0):g}{kept}; lower "
-                f"resources.{unit.lower()} or train.workers"
-            )
-    fitting = min(math.floor(free / need + 1e-9) for need, free in needs.values())
-    if resources.concurrent is not None and resources.concurrent > fitting:
-        raise UserError(
-            f"resources.concurrent {resources.concurrent}: {fitting} trials fit on this cluster at once; lower it"
-        )
-    return resources.concurrent or fitting, gpus
 
 
 def run(plan: Plan, search: Search, concurrent: int, gpus: float, notify: Event) -> None:

@@ -64,11 +64,23 @@ def pretrain(config: Config, tell: cluster.Tell | None = None) -> dict[str, Any]
     check_sizes(config, splits.train)
     prepare(config, folder, splits)
     say(f"run folder: {folder.uri}")
+    return run_prepared(config, folder, splits, device, tell)
+
+
+def run_prepared(
+    config: Config, folder: RunFolder, splits: Splits, device: str, tell: cluster.Tell | None = None
+) -> dict[str, Any]:
+    """Train and evaluate in a folder that `prepare` has filled; returns what is written to result.json.
+
+    It needs no definition of the data set, so it also works on the nodes of a cluster. Without workers this process
+    has the device already, and evaluates on it.
+    """
     seconds = train_prepared(config, folder, device, tell)
     export(config, folder)
     result = summary(config, folder, seconds)
     if config.evaluate.enabled:
-        result |= cluster.run_on(device, evaluate_run, config, folder, splits, device)
+        where = device if config.train.workers else "cpu"
+        result |= cluster.run_on(where, evaluate_run, config, folder, splits, device)
         result["seconds"] = seconds | result["seconds"]
     folder.write_json("result.json", result)
     return result
@@ -165,6 +177,18 @@ def check_sizes(config: Config, table: pa.Table, quiet: bool = False) -> None:
             f"note: the queue ({queue:,}) is larger than a quarter of the data set ({images:,} images), so that an "
             f"image often meets anchors of its own; {masked} (--queue.exclude_own)"
         )
+
+
+def prepare_run(config: Config, splits: Splits) -> None:
+    """Fill a run's folder, on the driver: the definitions of data sets do not travel to the nodes of a cluster.
+
+    Raises UserError for a setting that cannot work.
+    """
+    folder = RunFolder(f"{config.output}/{config.name}")
+    if folder.exists("config.yaml"):
+        check_same(config, folder)
+    check_sizes(config, splits.train, quiet=True)
+    prepare(config, folder, splits)
 
 
 def prepare(config: Config, folder: RunFolder, splits: Splits) -> None:
