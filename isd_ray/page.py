@@ -12,8 +12,9 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222;
        overflow-wrap: break-word }
 table { border-collapse: collapse; font-size: 13px } td, th { padding: .2rem .6rem; text-align: right }
-th { border-bottom: 1px solid #888; vertical-align: bottom } td:first-child, th:first-child { text-align: left }
-.scroll { overflow-x: auto; margin: .5rem 0 } td.text, th.text { text-align: left }
+td { white-space: nowrap } th { border-bottom: 1px solid #888; vertical-align: bottom }
+td:first-child, th:first-child, td.text, th.text { text-align: left }
+.scroll { overflow-x: auto; margin: .5rem 0 }
 img { max-width: 100% } code, pre { background: #f4f4f4; padding: .1rem .3rem }
 figure { margin: 1rem 0 1.5rem } figcaption, .note { color: #555; font-size: 13px }
 @media (max-width: 640px) { body { margin-top: 1rem } .scroll > img { max-width: none; width: 38rem } }

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from isd_ray.page import picture
 
+LONG = 40  # characters of a cell past which its lines may break
 BEST = "*"  # a cell that begins with it is the best of its column
 
 
@@ -59,6 +60,7 @@ class Table:
     note: str = ""
     texts: int = 1
     rules: frozenset[int] = field(default_factory=frozenset)  # rows with a line above them
+    folded: bool = False  # in HTML: only the title until it is clicked
 
     def html(self) -> str:
         head = "".join(self._cell("th", i, cell) for i, cell in enumerate(self.header))
@@ -69,10 +71,13 @@ class Table:
             rows.append(f"<tr{kind}>{cells}</tr>")
         note = f'<p class="note">{html.escape(self.note)}</p>' if self.note else ""
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-        return f'<h3>{html.escape(self.title)}</h3><div class="scroll">{table}</div>{note}'
+        title, body = f"<h3>{html.escape(self.title)}</h3>", f'<div class="scroll">{table}</div>{note}'
+        return f"<details><summary>{title}</summary>{body}</details>" if self.folded else title + body
 
     def _cell(self, tag: str, column: int, text: str) -> str:
         kind = ' class="text"' if column < self.texts else ""
+        if kind and len(text) > LONG:
+            kind = ' class="text wrap"'
         inner = f"<b>{html.escape(text[1:])}</b>" if text.startswith(BEST) else html.escape(text)
         return f"<{tag}{kind}>{inner}</{tag}>"
 

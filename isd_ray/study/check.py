@@ -76,6 +76,18 @@ class Plan:
             own["train.epochs"] = self.epochs[cell.method]
         return resolve(merge(cell_options(self.study, cell, self.given), own))
 
+    def written(self) -> dict[str, Any]:
+        """Return the study's file with the command line's options in it, as it is kept beside the results."""
+        common = flatten(self.given)
+        data = {
+            name: flatten(merge(options)) | {k: v for k, v in common.items() if k in flatten(merge(options))}
+            for name, options in self.study.data.items()
+        }
+        return self.study.model_dump() | {
+            "config": flatten(merge(self.study.config, self.given)),
+            "data": data,
+        }
+
     def grouping(self, subset: Subset) -> dict[str, list[int]]:
         """Return the groups of classes, by name; those of a balanced control are its unbalanced set's."""
         return self.facts[_unbalanced(subset)].groups

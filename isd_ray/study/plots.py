@@ -86,7 +86,6 @@ def bars(outcome: Outcome, setting: Setting, metric: str) -> Figure:
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     axes = figure.add_subplot()
     width = 0.8 / len(outcome.methods)
-    lowest = 100.0
     for i, method in enumerate(outcome.methods):
         values = [
             [v for r in outcome.of(setting, method) if (v := r.scores(metric).get(g)) is not None]
@@ -97,9 +96,7 @@ def bars(outcome: Outcome, setting: Setting, metric: str) -> Figure:
         places = np.arange(len(groups)) + (i - (len(outcome.methods) - 1) / 2) * width
         axes.bar(places, means, width * 0.92, yerr=errors, color=colour(outcome, method), label=method,
                  error_kw={"elinewidth": 0.8, "ecolor": "#777777"})  # fmt: skip
-        lowest = min([lowest, *(m - e for m, e in zip(means, errors, strict=True) if m == m)])
     axes.set_xticks(range(len(groups)), [group_title(g) for g in groups])
-    axes.set_ylim(bottom=max(0.0, 10 * np.floor(lowest / 10 - 0.5)))
     axes.set_ylabel("accuracy [%]")
     _clean(axes)
     _legend(figure, axes)

@@ -1,6 +1,7 @@
 """What a study leaves for readers: one page that needs no network, its figures, and the same as Markdown."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from matplotlib.figure import Figure
 
@@ -14,7 +15,10 @@ from isd_ray.study.verdict import limits, verdict
 from isd_ray.study.work import cell_folder, shown
 from isd_ray.train.folder import RunFolder
 
-STYLE = "tr.rule td { border-top: 1px solid #ccc } tbody tr:hover { background: #f7f7f2 }"
+STYLE = """
+tr.rule td { border-top: 1px solid #ccc } tbody tr:hover { background: #f7f7f2 } td.wrap { white-space: normal }
+summary { cursor: pointer } summary h3 { display: inline }
+"""
 FOLDER = "report"
 
 
@@ -70,20 +74,18 @@ def _setting(outcome: Outcome, setting: Setting, folder: RunFolder) -> Iterator[
     study, name = outcome.plan.study, setting.name
     yield Heading(f"{setting.data}, {setting.imbalance}{', balanced control' if setting.control else ''}")
     yield Text(_images(outcome, setting))
-    for metric in study.metrics:
-        yield tables.means(outcome, setting, metric)
-        yield tables.by_split(outcome, setting, metric)
-        yield tables.tests(outcome, setting, metric)
-        if (costs := tables.control(outcome, setting, metric)) is not None:
-            yield costs
     lead = study.metrics[0]
+    for metric in study.metrics:
+        found = [tables.by_split(outcome, setting, metric), tables.tests(outcome, setting, metric)]
+        yield tables.means(outcome, setting, metric)
+        for table in [*found, tables.control(outcome, setting, metric)]:
+            if table is not None:
+                yield replace(table, folded=metric != lead)
     if not setting.control:
         caption = f"{tables.metric_title(lead)}, mean over runs; where there are many classes also over those alike."
         yield _figure(f"{name}-frequency", f"{name}: accuracy over class frequency", caption,
                       plots.frequency(outcome, setting, lead))  # fmt: skip
-    caption = (
-        f"{tables.metric_title(lead)}, mean and standard deviation over runs. The axis does not begin at 0."
-    )
+    caption = f"{tables.metric_title(lead)}, mean and standard deviation over runs."
     yield _figure(f"{name}-groups", f"{name}: groups of classes", caption, plots.bars(outcome, setting, lead))
     curves, caption = plots.curves(outcome, setting, lead)
     yield _figure(f"{name}-curves", f"{name}: learning curves", caption, curves)

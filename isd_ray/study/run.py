@@ -68,8 +68,7 @@ def _run(plan: Plan, folder: RunFolder) -> None:
     resources = plan.study.resources
     workers = max(plan.config(cell).train.workers for cell in plan.cells)
     concurrent, gpus = room("cell", resources.cpus, resources.gpus, resources.concurrent, workers)
-    written = plan.study.model_dump() | {"command_line": flatten(plan.given)}
-    folder.write("study.yaml", yaml.safe_dump(written, sort_keys=False).encode())
+    folder.write("study.yaml", yaml.safe_dump(plan.written(), sort_keys=False).encode())
     say(f"study folder: {folder.uri}")
     left = work.jobs(plan, folder)
     say(f"{len(plan.cells)} cells, {len(left)} to run, {concurrent} at once")

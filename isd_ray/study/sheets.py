@@ -14,7 +14,8 @@ matplotlib.use("Agg")  # no window, also where there is a display
 RIGHT, WRONG, PLAIN = (0, 150, 90), (213, 60, 0), (120, 120, 120)
 BORDER = 3  # pixels around an image
 GAP = 4
-ROW = 0.52  # inches of a row of images
+BLOCK = 4.5  # inches of a block's width
+NAMES = 0.6  # inches of it for the names of classes
 MANY = 20  # classes that colours can still tell apart
 TEXT = 6  # points
 
@@ -22,7 +23,7 @@ TEXT = 6  # points
 def neighbour_sheet(drawn: Mapping[str, Arrays], names: Sequence[str], counts: Sequence[int]) -> Figure:
     """A block a method: a query a row, then its nearest labelled images, framed green where the class is the same."""
     rows = max(len(a["query_label"]) for a in drawn.values())
-    figure, places = _grid(len(drawn), rows)
+    figure, places = _grid(len(drawn), rows, max(a["near_image"].shape[1] for a in drawn.values()))
     for axes, (method, a) in zip(places, drawn.items(), strict=True):
         same = a["near_label"] == a["query_label"][:, None]
         _sheet(axes, a["query_image"], a["near_image"], same)
@@ -40,7 +41,9 @@ def anchor_sheet(drawn: Mapping[str, Arrays], names: Sequence[str], counts: Sequ
     if not drawn:
         return None
     rows = max(len(a["query_label"]) for a in drawn.values())
-    figure, places = _grid(len(drawn), rows, text=True)
+    figure, places = _grid(
+        len(drawn), rows, max(a["anchor_image"].shape[1] for a in drawn.values()), text=True
+    )
     for axes, (method, a) in zip(places, drawn.items(), strict=True):
         same = a["anchor_label"] == a["query_label"][:, None]
         step_y, step_x = _sheet(axes, a["query_image"], a["anchor_image"], same, text=True)
@@ -99,11 +102,12 @@ def map_sheet(drawn: Mapping[str, Arrays], names: Sequence[str], counts: Sequenc
     return figure
 
 
-def _grid(blocks: int, rows: int, text: bool = False) -> tuple[Figure, list[Axes]]:
+def _grid(blocks: int, rows: int, images: int, text: bool = False) -> tuple[Figure, list[Axes]]:
+    """Make a figure of two columns of blocks, each as high as its rows of a query and `images` others need."""
     columns = min(2, blocks)
     lines = -(-blocks // columns)
-    height = lines * (rows * ROW * (1.25 if text else 1.0) + 0.35)
-    figure = Figure(figsize=(9.0 if columns > 1 else 5.4, height), layout="constrained")
+    row = (BLOCK - NAMES) / (images + 1) * (4 / 3 if text else 1.0)
+    figure = Figure(figsize=(BLOCK * columns, lines * (rows * row + 0.3)), layout="constrained")
     return figure, [figure.add_subplot(lines, columns, i + 1) for i in range(blocks)]
 
 

@@ -98,9 +98,8 @@ def _ranks(outcome: Outcome, setting: Setting, metric: str) -> str:
         if len(means) < 2:
             continue
         order = sorted(means, key=lambda m: -means[m])
-        own = ", ".join(
-            f"{m} {order.index(m) + 1}." for m in subjects(outcome) if m in order and m != order[0]
-        )
+        others = [m for m in subjects(outcome) if m in order and m != order[0]]
+        own = ", ".join(f"{m} is number {order.index(m) + 1}" for m in others)
         parts.append(f"{group_title(group)}: {order[0]} {means[order[0]]:.1f}{f' ({own})' if own else ''}")
     return f"highest means of {len(outcome.methods)} methods: {'; '.join(parts)}." if parts else ""
 
