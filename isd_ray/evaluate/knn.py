@@ -11,6 +11,8 @@ Memory is bounded by the chunk sizes: one block of similarities is `query_chunk 
 by default), beside the features and the `[queries, k]` result.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -80,6 +82,16 @@ def _neighbours(bank: Tensor, q: Tensor, k: int, bank_chunk: int) -> tuple[Tenso
         similarity, keep = similarity.topk(min(k, similarity.shape[1]), dim=1)
         row = row.gather(1, keep)
     return similarity.cpu(), row.cpu()
+
+
+def merge(parts: Sequence[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
+    """Return similarity and row [Q, k] of the k nearest of a bank, from those of its parts, nearest first.
+
+    parts: similarity and row of the *whole* bank, [Q, k'] each, where k' is k or all that the part has.
+    """
+    similarity, row = (torch.cat(columns, 1) for columns in zip(*parts, strict=True))
+    similarity, keep = similarity.topk(k, dim=1)
+    return similarity, row.gather(1, keep)
 
 
 def majority_vote(labels: Tensor, classes: int, seed: int = 0) -> Tensor:

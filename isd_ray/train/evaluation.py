@@ -52,7 +52,7 @@ def evaluate_run(
         with_pixels=config.evaluate.baselines,
         batch_size=config.evaluate.batch_size,
         device=where,
-        linear=config.evaluate.linear,
+        protocols=config.evaluate.chosen,
         seed=config.train.seed,
         progress=lambda name: print(f"evaluating {name}", flush=True),
     )
