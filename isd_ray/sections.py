@@ -255,6 +255,13 @@ class EvaluateConfig(Section):
     )
     baselines: bool = Field(True, description="Also evaluate the untrained backbone and raw pixels")
     batch_size: int = Field(256, ge=1, description="Images a forward pass")
+    workers: int = Field(
+        0,
+        ge=0,
+        description="Actors that compute features, and tasks that search the bank; 0: on CUDA as many as trained, on "
+        "CPU this process",
+    )
+    keep_features: bool = Field(True, description="Keep the features as Parquet in the run folder")
 
     @field_validator("protocols", mode="after")
     @classmethod

@@ -60,10 +60,7 @@ def neighbours(
     products run where `queries` lie; the bank may stay in main memory, it is moved block by block. Rows of
     equal similarity come in the order of torch.topk.
     """
-    if not 1 <= k <= len(bank):
-        raise UserError(
-            f"k = {k} neighbours of a bank of {len(bank)} images: choose k between 1 and {len(bank)}."
-        )
+    check_k(k, len(bank))
     found = [
         _neighbours(bank, F.normalize(q.float(), dim=1), k, bank_chunk) for q in queries.split(query_chunk)
     ]
@@ -122,6 +119,12 @@ def _vote(weights: Tensor, labels: Tensor, classes: int, seed: int, chunk: int =
         tied = scores == scores.max(dim=1, keepdim=True).values
         winners.append(y.gather(1, (tied * (1 + c)).argmax(dim=1, keepdim=True)).squeeze(1))
     return torch.cat(winners)
+
+
+def check_k(k: int, images: int) -> None:
+    """Raise UserError unless a bank of so many images has k neighbours."""
+    if not 1 <= k <= images:
+        raise UserError(f"k = {k} neighbours of a bank of {images} images: choose k between 1 and {images}.")
 
 
 def check_labels(labels: Tensor, images: int, classes: int, name: str) -> None:
