@@ -70,7 +70,7 @@ def transfer(
 
     train [N, d], test [Q, d]: features as they are, not normalised; validation: features and labels, where the set
     has its own (default: a fifth of every training class, drawn by `seed`). metric: "top-1" or "mean per class", by
-    which the penalty is chosen. Of equally good penalties the largest is taken. The details say which penalty it was.
+    which the penalty is chosen. Of equally good penalties the middle one is taken. The details say which it was.
     """
     if validation is None:
         rest, held = split(train_labels, VALIDATION_SHARE, classes, seed)
@@ -78,12 +78,20 @@ def transfer(
     else:
         parts = (train, train_labels), validation
     shown = choose(*parts[0], *parts[1], classes, metric, lambdas)
-    best = max(shown, key=lambda penalty: (shown[penalty], penalty))
+    best = middle_of_best(shown)
     x, y = (torch.cat([a, b]) for a, b in zip(*parts, strict=True))
     weight, bias = fit(x, y.to(x.device), classes, best)
     predictions = F.linear(test.to(x.device), weight, bias).argmax(1).cpu()
     details = {"lambda": best, "validation_accuracy": shown[best]}
     return predictions, describe(len(y), metric, seed, lambdas, validation is not None), details
+
+
+def middle_of_best(shown: dict[float, float]) -> float:
+    """Return the middle one of the penalties with the best accuracy: small validation sets have many, and at the
+    ends of the range a fit is decided by rounding.
+    """
+    best = sorted(penalty for penalty, accuracy in shown.items() if accuracy == max(shown.values()))
+    return best[(len(best) - 1) // 2]
 
 
 def choose(

@@ -32,6 +32,8 @@ from isd_ray.train.neighbours import search_parts
 from isd_ray.train.state import build_state
 from isd_ray.train.transfer import TransferTables, open_transfer
 
+SCRATCH = "features_scratch"  # of evaluations that keep none
+
 
 class Places(NamedTuple):
     """Folders of features: of the bank, the test set, and of each split of the sets to transfer to."""
@@ -57,13 +59,13 @@ def evaluate_run(
     started = time.perf_counter()
     trained = networks(config, folder, checkpoint)
     others = open_transfer(config)
-    at = f"features/{(checkpoint or checkpoint_names(folder)[-1]).removesuffix('.pt')}"
-    places = compute_features(config, f"{folder.uri}/{at}", trained, bank, splits.test, others, device)
+    at = "features" if config.evaluate.keep_features else SCRATCH
+    name = (checkpoint or checkpoint_names(folder)[-1]).removesuffix(".pt")
+    places = compute_features(config, f"{folder.uri}/{at}/{name}", trained, bank, splits.test, others, device)
     seconds = {"features": round(time.perf_counter() - started, 3)}
     arguments = (config, places, splits, bank, list(trained), others, device)
     result = cluster.run_on(cluster.computes_here(config, device), score_run, *arguments)
-    if not config.evaluate.keep_features:
-        folder.remove_folder(at)
+    folder.remove_folder(SCRATCH)
     result["seconds"] = seconds | result["seconds"]
     result["protocol"]["test"]["name"] = "validation" if config.data.validation else "test"
     return result | {"classes": classes(splits.train)}

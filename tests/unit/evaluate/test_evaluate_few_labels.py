@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from isd_ray.evaluate import draws
 from isd_ray.evaluate.clustering import agreement, clusters
-from isd_ray.evaluate.logistic import LAMBDAS, choose, fit, transfer
+from isd_ray.evaluate.logistic import LAMBDAS, choose, fit, middle_of_best, transfer
 
 LABELS = st.lists(st.integers(0, 4), min_size=1, max_size=60).map(torch.tensor)
 
@@ -107,7 +107,7 @@ def test_the_penalty_is_chosen_on_held_out_images_and_the_head_fitted_again_on_a
     rest, held = draws.split(y, 0.2, 3, 4)
     shown = choose(x[rest], y[rest], x[held], y[held], 3, "top-1", lambdas)
     assert details["validation_accuracy"] == max(shown.values())
-    assert details["lambda"] == max(p for p in lambdas if shown[p] == max(shown.values()))
+    assert details["lambda"] == middle_of_best(shown)
     weight, bias = fit(torch.cat([x[rest], x[held]]), torch.cat([y[rest], y[held]]), 3, details["lambda"])
     assert torch.equal(found, (test @ weight.T + bias).argmax(1))
     assert (protocol["train_images"], protocol["chosen_on"]) == (90, "0.2 of every training class")
@@ -130,6 +130,12 @@ def test_the_mean_per_class_chooses_another_penalty_than_top_1_where_classes_are
     assert top1[100.0] == pytest.approx(95)
     assert per_class[100.0] == pytest.approx(50)
     assert per_class[1e-3] > 55
+
+
+def test_of_equally_good_penalties_the_middle_one_is_taken() -> None:
+    assert middle_of_best({1.0: 50, 10.0: 80, 100.0: 80, 1000.0: 80, 1e4: 70}) == 100.0
+    assert middle_of_best({1.0: 80, 10.0: 80}) == 1.0
+    assert middle_of_best({1.0: 10, 10.0: 80}) == 10.0
 
 
 def test_the_penalties_are_the_published_45() -> None:
