@@ -4,7 +4,7 @@ import logging
 import math
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from itertools import cycle
 from typing import Any
@@ -64,11 +64,13 @@ class Blocks:
         batch: int,
         shape: Shape,
         world: int = 1,
+        then: Callable[[ray.data.Dataset], ray.data.Dataset] | None = None,
     ) -> Iterator[Block]:
         """Yield the blocks of `read_rows` in order, `batch` rows each (the last one may be short).
 
         ranges: parts [start, stop) of `rows` that follow each other, one a task, multiples of `batch` but the
-        last. world: ranks that read at the same time and share the cluster's CPUs.
+        last. world: ranks that read at the same time and share the cluster's CPUs. then: adds operators to the dataset,
+        one row out for one row in, `row` among its columns; it needs Ray.
         """
         if not ranges:
             return
@@ -80,6 +82,7 @@ class Blocks:
             return
         refs = {"table": self._table_ref, "rows": ray.put(rows), "position": ray.put(position)}
         dataset = _dataset(work, refs, ranges, world, block_batches(batch, shape) * batch * row_bytes(shape))
+        dataset = dataset if then is None else then(dataset)
         name = next(self._names)
         dataset.get_dataset_id = lambda: name  # type: ignore[method-assign]
         try:

@@ -190,14 +190,25 @@ def ordered(table: pa.Table, *, size: int, batch: int = 256, max_bad: float = 0.
 
     A broken image is left out (`index` says which rows there are). Raises UserError past `max_bad`.
     """
-    whole = one_size(table)
-    shape = Shape(whole[::-1]) if whole else Shape((size, size), center=True)
+    shape = centre_shape(table, size)
     labels = torch.from_numpy(index_table.labels(table))
     bad = BadImages(table, max_bad)
     for block in _in_order(Blocks(table), shape, batch):
         good = bad.note(block)
         index = torch.from_numpy(block["row"][good])
         yield Batch(good_images(block, good), index, labels[index], index, epoch=0, seed=0)
+
+
+def centre_shape(table: pa.Table, size: int) -> Shape:
+    """Return how evaluation reads a set: images of one size as they are, others as centre views of `size` pixels."""
+    whole = one_size(table)
+    return Shape(whole[::-1]) if whole else Shape((size, size), center=True)
+
+
+def ordered_ranges(rows: int, batch: int, shape: Shape) -> list[tuple[int, int]]:
+    """Cut 0 .. rows into ranges [start, stop) for reading tasks, whole batches each but the last."""
+    step = batch * max(1, min(TASK_IMAGES, task_rows(batch, shape)) // batch)
+    return [(a, min(a + step, rows)) for a in range(0, rows, step)]
 
 
 def good_images(block: dict[str, np.ndarray], good: np.ndarray) -> Tensor:
@@ -210,9 +221,7 @@ def good_images(block: dict[str, np.ndarray], good: np.ndarray) -> Tensor:
 
 def _in_order(reader: Blocks, shape: Shape, batch: int, world: int = 1) -> Iterator[dict[str, np.ndarray]]:
     rows = np.arange(reader.table.num_rows)
-    step = batch * max(1, min(TASK_IMAGES, task_rows(batch, shape)) // batch)
-    ranges = [(a, min(a + step, len(rows))) for a in range(0, len(rows), step)]
-    yield from reader.read(rows, rows, ranges, batch, shape, world)
+    yield from reader.read(rows, rows, ordered_ranges(len(rows), batch, shape), batch, shape, world)
 
 
 def _windows(start: int, steps: int, chunk: int, local: int, images: int) -> list[tuple[int, int]]:

@@ -8,7 +8,8 @@ from typing import Any
 from isd_ray.config import Config, flatten, merge, option_names, resolve
 from isd_ray.data.imbalance import SCHEMES
 from isd_ray.errors import UserError, nearest
-from isd_ray.evaluate.protocols import PROTOCOL
+from isd_ray.evaluate.names import EXAMPLES, name_faults
+from isd_ray.evaluate.names import parse as parse_name
 from isd_ray.study.faults import Faults, parse
 from isd_ray.study.spec import (
     Cell,
@@ -166,10 +167,17 @@ def _option_faults(study: Study, given: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _metric_faults(study: Study) -> Iterator[str]:
-    known = [f"{network}.{metric}" for network in NETWORKS for metric in (*PROTOCOL, "linear")]
+    known = [f"{network}.{metric}" for network in NETWORKS for metric in EXAMPLES]
     for metric in study.metrics:
-        if metric not in known:
-            yield f"metrics: unknown metric '{metric}'.{nearest(metric, known)} It is network.metric"
+        network, _, name = metric.partition(".")
+        if network not in NETWORKS:
+            hint = nearest(metric, known)
+            yield f"metrics: '{metric}' is not network.metric with network one of {', '.join(NETWORKS)}.{hint}"
+            continue
+        try:
+            parse_name(name)
+        except UserError as error:
+            yield f"metrics: {metric}: {error}"
         if study.metrics.count(metric) > 1:
             yield f"metrics: '{metric}' stands there twice"
 
@@ -197,10 +205,13 @@ def _configs(study: Study, given: dict[str, Any], faults: Faults) -> dict[Cell, 
             place = f"methods.{cell.method}"
             if not any(f"{place}: " in text for text in faults.lines()):  # else it is named already
                 faults.add(str(error), place)
-    if not all(config.evaluate.linear for config in configs.values()):
+    for config in configs.values():
         for metric in study.metrics:
-            if metric.endswith(".linear"):
-                faults.add(f"metrics: '{metric}' needs evaluate.linear")
+            name = metric.partition(".")[2]
+            if not name_faults([name]) and name not in config.evaluate.chosen:
+                faults.add(
+                    f"metrics: '{metric}' is none of evaluate.protocols ({', '.join(config.evaluate.chosen)})"
+                )
     return configs
 
 

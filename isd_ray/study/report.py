@@ -81,7 +81,7 @@ def _setting(outcome: Outcome, setting: Setting, folder: RunFolder) -> Iterator[
         for table in [*found, tables.control(outcome, setting, metric)]:
             if table is not None:
                 yield replace(table, folded=metric != lead)
-    if not setting.control:
+    if not setting.control and any(run.per_class(lead) for run in outcome.of(setting)):
         caption = f"{tables.metric_title(lead)}, mean over runs; where there are many classes also over those alike."
         yield _figure(f"{name}-frequency", f"{name}: accuracy over class frequency", caption,
                       plots.frequency(outcome, setting, lead))  # fmt: skip

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from isd_ray.config import flatten
+from isd_ray.evaluate.names import parse as parse_name
 from isd_ray.study.check import PASSES, Plan
 from isd_ray.study.spec import Cell, Setting
 from isd_ray.study.work import RESULT, cell_folder
@@ -22,7 +23,11 @@ from isd_ray.train.validation import Row, read_rows
 
 FILE = "results.parquet"
 ALL, CLASS_MEAN, STD = "all", "class_mean", "std"
-SPREAD = {"std": "1/sqrt(dim)", "rankme": "dimensions", "uniformity": "log", "dim": "dimensions"}
+SPREAD = {
+    "rankme": "dimensions",
+    "dim": "dimensions",
+    "dead_dimensions": "dimensions",
+}  # units; others have none
 
 
 @dataclass
@@ -54,17 +59,25 @@ class Run:
         return flatten(yaml.safe_load(self.folder.read("config.yaml")))
 
     def per_class(self, metric: str) -> list[float | None] | None:
-        """Accuracy of each class [C] in %; None where `network.metric` was not measured."""
+        """Accuracy of each class of the data set [C] in %; None where `network.metric` has none or was not measured."""
         network, name = metric.split(".")
+        if parse_name(name).family == "transfer":
+            return None  # its classes are another set's
         return ((self.result or {}).get("per_class", {}).get(network) or {}).get(name)
 
     def scores(self, metric: str) -> dict[str, float]:
-        """Accuracy [%] of `network.metric` over all test images, as mean over classes, and by group; and their std."""
-        per_class = self.per_class(metric)
-        if self.result is None or per_class is None:
-            return {}
+        """Percentages of `network.metric` over all test images, as mean over classes, and by group; and their std.
+
+        Of a metric without classes of this data set (transfer, clusters): over all images alone.
+        """
         network, name = metric.split(".")
-        found = {ALL: self.result["metrics"][network][name], CLASS_MEAN: _mean(per_class)}
+        over_all = ((self.result or {}).get("metrics", {}).get(network) or {}).get(name)
+        if over_all is None:
+            return {}
+        per_class = self.per_class(metric)
+        if per_class is None:
+            return {ALL: over_all}
+        found = {ALL: over_all, CLASS_MEAN: _mean(per_class)}
         by_group = {g: _mean([per_class[c] for c in members]) for g, members in self.groups.items()}
         known = [v for v in by_group.values() if v is not None]
         found |= by_group | ({STD: float(np.std(known))} if len(known) == len(by_group) >= 2 else {})
@@ -223,7 +236,7 @@ def tidy_rows(plan: Plan, run: Run) -> Iterator[dict[str, Any]]:
                 one = {"level": "class", "group": facts.names[c], "value": accuracy}
                 yield what | one | _images(facts.counts, usual, [c])
     for network, spread in result.get("collapse", {}).items():
-        for metric, number in spread.items():
+        for metric, number in flatten(spread).items():
             what = {"network": network, "metric": metric, "unit": SPREAD.get(metric), "level": "spread"}
             yield own | what | {"group": ALL, "value": number} | _images(facts.counts, usual, everything)
     for metric, number in run.cost().items():

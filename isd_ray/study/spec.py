@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from isd_ray.evaluate.names import DEFAULT, name_faults
 from isd_ray.layers import merge
 from isd_ray.sections import Section
 
@@ -186,7 +187,13 @@ def data_options(study: Study, subset: Subset) -> dict[str, Any]:
 def data_layers(study: Study, setting: Setting, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of every run on a data set: the file's, then the command line's."""
     named = {"data.dataset": setting.data} if _names_itself(study, setting) else {}
-    return merge({"train.workers": 0}, study.config, named, study.data[setting.data], given)
+    asked = [metric.partition(".")[2] for metric in study.metrics]
+    own = {
+        "train.workers": 0,
+        "evaluate.keep_features": False,  # of many cells they would fill a disk
+        "evaluate.protocols": list(dict.fromkeys([*DEFAULT, *(n for n in asked if not name_faults([n]))])),
+    }
+    return merge(own, study.config, named, study.data[setting.data], given)
 
 
 def method_options(study: Study, method: str) -> dict[str, Any]:

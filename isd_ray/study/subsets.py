@@ -12,7 +12,8 @@ from isd_ray.data.catalog import Splits
 from isd_ray.data.index import class_counts, classes
 from isd_ray.errors import UserError
 from isd_ray.evaluate.groups import class_groups
-from isd_ray.evaluate.protocols import PROTOCOL
+from isd_ray.evaluate.names import class_faults, impossible, transfer_faults
+from isd_ray.evaluate.names import parse as parse_name
 from isd_ray.study.faults import Faults
 from isd_ray.study.spec import Cell, Imbalance, Study, Subset
 from isd_ray.train.evaluation import choose_bank, grouping
@@ -60,6 +61,8 @@ def look_at(study: Study, configs: Mapping[Cell, Config], faults: Faults) -> dic
             continue
         for text in _subset_faults(study, subset, config, splits):
             faults.add(text, subset.name)
+        for text in transfer_faults(config.evaluate.chosen, config.evaluate.transfer_root):
+            faults.add(text)
         facts[subset] = _facts(study.imbalances[subset.setting.imbalance], splits)
     return facts
 
@@ -109,17 +112,19 @@ def _subset_faults(study: Study, subset: Subset, config: Config, splits: Splits)
     if imbalance.scheme not in CHOSEN_CLASSES and (empty := np.flatnonzero(counts == 0)).size:
         yield f"{len(empty)} classes get no image, e.g. '{names[empty[0]]}'; lower the ratio or raise n_max"
     yield from _quota_faults(imbalance, subset, config, splits)
-    in_bank = class_counts(bank)
-    lost = np.flatnonzero((class_counts(splits.test) > 0) & (in_bank == 0))
-    if lost.size:
-        yield (
-            f"{len(lost)} classes of the test set have no image in the bank, e.g. '{names[lost[0]]}': they can never "
-            "be found; use evaluate.bank balanced"
-        )
+    labelled, tested = class_counts(bank).tolist(), class_counts(splits.test).tolist()
+    yield from class_faults(labelled, tested)
     for metric in study.metrics:
-        k = PROTOCOL.get(metric.split(".")[-1], {}).get("k", 0)
-        if k > bank.num_rows:
-            yield f"metrics: {metric} looks for {k} neighbours in a bank of {bank.num_rows} images"
+        if (reason := _impossible(metric.partition(".")[2], labelled, tested)) is not None:
+            yield f"metrics: {metric}: {reason}"
+
+
+def _impossible(name: str, bank: list[int], test: list[int]) -> str | None:
+    """Why a metric cannot be had; None also for a name that is wrong, which is said elsewhere."""
+    try:
+        return impossible(parse_name(name), bank, test)
+    except UserError:
+        return None
 
 
 def _quota_faults(imbalance: Imbalance, subset: Subset, config: Config, splits: Splits) -> Iterator[str]:

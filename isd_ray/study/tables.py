@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from isd_ray.evaluate.table import title
 from isd_ray.study.blocks import BEST, Table
 from isd_ray.study.results import ALL, CLASS_MEAN, STD, Outcome, Run
 from isd_ray.study.spec import Setting
@@ -12,18 +13,12 @@ from isd_ray.study.statistics import Paired, holm, paired
 
 NOTHING = "-"
 FLOORS = {"untrained": "untrained backbone", "pixels": "raw pixels"}
-TITLES = {
-    "knn1": "1-NN",
-    "knn20": "20-NN",
-    "knn200_weighted": "weighted 200-NN",
-    "linear": "linear classifier",
-}
 
 
 def metric_title(metric: str) -> str:
     """Return `student.knn20` as words."""
     network, name = metric.split(".")
-    return f"{TITLES.get(name, name)} of the {network}"
+    return f"{' '.join(title(name).split())} of the {network}"
 
 
 def group_title(group: str) -> str:
@@ -53,11 +48,11 @@ def means(outcome: Outcome, setting: Setting, metric: str) -> Table:
             ]
         )
     kind = metric.split(".")[1]
-    for floor, title in FLOORS.items():
+    for floor, words in FLOORS.items():
         runs = [run for run in outcome.of(setting) if run.cell.method == outcome.methods[0]]
         cells = [_spread(runs, f"{floor}.{kind}", g) for g in groups]
         if any(cell != NOTHING for cell in cells):
-            rows.append([title, *cells, str(len(runs))])
+            rows.append([words, *cells, str(len(runs))])
     header = ["", *(group_title(g) for g in groups), "runs"]
     note = (
         "Mean ± standard deviation over runs (n - 1), in %. Bold: the highest mean (of Std the lowest). A group is the "

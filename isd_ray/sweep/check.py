@@ -6,7 +6,7 @@ from typing import Any
 
 from isd_ray.config import Config, flatten, merge, option_names, resolve, validate
 from isd_ray.errors import UserError, nearest
-from isd_ray.evaluate.protocols import PROTOCOL
+from isd_ray.evaluate.protocols import KNN
 from isd_ray.sweep.constraints import Constraint, parse_constraint
 from isd_ray.sweep.space import STATM, Dimension, Space, parse_dimension
 from isd_ray.train.trainer import FREE, FREE_SECTIONS
@@ -155,7 +155,7 @@ def _constraint(text: str, names: list[str], faults: list[str]) -> Constraint | 
 
 
 def _goal_faults(space: Space) -> Iterator[str]:
-    plain = [f"{network}.{metric}" for network in ("student", "teacher") for metric in PROTOCOL]
+    plain = [f"{network}.{metric}" for network in ("student", "teacher") for metric in KNN]
     known = [*plain, *(f"{name}.{group}" for name in plain for group in GROUPS)]
     for goal in space.goals:
         if goal not in known:

@@ -162,9 +162,14 @@ class Printer:
             self.answers.shutdown()
 
 
-def run_on(device: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Run a function where the device is: in this process on CPU, in a task that takes a GPU otherwise."""
-    if device == "cpu":
+def computes_here(config: Config, device: str) -> bool:
+    """Tell whether this process has the device: every one has a CPU, and without workers it trains on its own GPU."""
+    return device == "cpu" or (config.train.workers == 0 and torch.cuda.is_available())
+
+
+def run_on(here: bool, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run a function in this process, or else in a task that takes a GPU."""
+    if here:
         return function(*arguments)
     task = ray.remote(num_gpus=1)(function)
     try:

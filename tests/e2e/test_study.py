@@ -122,7 +122,7 @@ def test_faults_of_the_data_come_with_those_of_the_file(ray_session, tiny_shards
     content = tiny_study(
         tiny_shards,
         basline="isd",
-        metrics=["student.knn200_weighted"],
+        metrics=["student.knn200_weighted", "student.fewshot41"],
         imbalances={
             "few": {"scheme": "balanced", "options": {"per_class": 50}},
             "lost": {"scheme": "exponential", "ratio": 100},
@@ -144,7 +144,8 @@ def test_faults_of_the_data_come_with_those_of_the_file(ray_session, tiny_shards
         "D1 needs ImageNet's classes by WordNet id",
         "unknown split 'D11' of isd_8_30",
         "41 images a class are asked for, but",
-        "student.knn200_weighted looks for 200 neighbours in a bank of 160 images",
+        "student.knn200_weighted: the bank has 160 images, fewer than k = 200",
+        "student.fewshot41: class 0 has 40 images in the bank, fewer than 41",
         "tiny-lost, moco_v2, tiny-lost, isd_plus",
         "--train.batch_size 64: the data set has",
     ):

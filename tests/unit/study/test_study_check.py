@@ -47,9 +47,16 @@ def fault(**change: Any) -> str:
         ),
         ({"resources": {"cpu": 2}}, "unknown entry 'resources.cpu'. Did you mean 'cpus'?"),
         ({"baseline": "moco"}, "baseline: there is no method 'moco'. Did you mean 'moco_v2'?"),
-        ({"metrics": ["student.knn2"]}, "unknown metric 'student.knn2'. Did you mean"),
+        (
+            {"metrics": ["student.kn20"]},
+            "metrics: student.kn20: unknown protocol 'kn20'. Did you mean 'knn20'?",
+        ),
+        ({"metrics": ["studnt.knn20"]}, "'studnt.knn20' is not network.metric"),
         ({"metrics": ["student.knn1", "student.knn1"]}, "'student.knn1' stands there twice"),
-        ({"metrics": ["student.linear"], "config": {"evaluate.linear": False}}, "needs evaluate.linear"),
+        (
+            {"metrics": ["student.linear"], "config": {"evaluate.linear": False}},
+            "is none of evaluate.protocols",
+        ),
         ({"methods": {"moco_v2": {}, "smclr": {}}}, "Did you mean 'simclr'?"),
         ({"methods": {"moco_v2": {"method.temperatur": 1}}}, "Did you mean 'method.temperature'?"),
         ({"methods": {"moco_v2": {}, "simclr": {"method.momentum": 0.9}}}, "'simclr' has no such option"),
@@ -80,7 +87,7 @@ def test_a_fault_is_named_with_its_remedy(change, words):
 def test_all_faults_come_at_once():
     text = fault(
         baseline="moco",
-        metrics=["student.knn2"],
+        metrics=["student.kn20"],
         resources={"cpu": 2},
         methods={"moco_v2": {"method.temperatur": 1}, "isd": {}},
         imbalances={"a": {"scheme": "exponentail"}, "b": {"scheme": "step", "ratoi": 3}},
@@ -88,7 +95,7 @@ def test_all_faults_come_at_once():
     assert text.startswith("the study has 6 faults:\n")
     lines = text.splitlines()[1:]
     assert len(lines) == 6
-    for word in ("'moco'", "student.knn2", "resources.cpu", "method.temperatur", "exponentail", "ratoi"):
+    for word in ("'moco'", "student.kn20", "resources.cpu", "method.temperatur", "exponentail", "ratoi"):
         assert sum(word in line for line in lines) == 1, word
 
 
@@ -116,6 +123,13 @@ def test_what_is_written_beside_the_results_is_the_same_study():
     again = check(yaml.safe_load(yaml.safe_dump(plan.written(), sort_keys=False)))
     assert [again.config(c) for c in again.cells] == [plan.config(c) for c in plan.cells]
     assert (again.config(again.cells[0]).train.epochs, again.config(again.cells[0]).train.lr) == (5, 0.25)
+
+
+def test_protocols_that_are_asked_for_are_measured():
+    plan = check(content(metrics=["student.fewshot5", "student.nmi"]))
+    evaluate = plan.config(plan.cells[0]).evaluate
+    assert evaluate.protocols == ["knn1", "knn20", "knn200_weighted", "linear", "fewshot5", "nmi"]
+    assert not evaluate.keep_features
 
 
 def test_cells_are_every_combination_the_first_seeds_first():

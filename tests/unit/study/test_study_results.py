@@ -55,6 +55,21 @@ def test_a_class_without_test_images_takes_no_part(study):
         path.write_text(text)
 
 
+def test_metrics_without_classes_of_the_set_have_no_groups(study):
+    plan, folder, _ = study
+    path = Path(cell_folder(folder, plan.cells[0]).path, "result.json")
+    text = path.read_text()
+    result = json.loads(text)
+    result["metrics"]["student"] |= {"nmi": 31.5, "transfer/dtd": 44.0, "knn200_weighted": None}
+    result["per_class"]["student"] |= {"nmi": None, "transfer/dtd": [50.0, 38.0], "knn200_weighted": None}
+    path.write_text(json.dumps(result))
+    run = collect(plan, folder).runs[0]
+    path.write_text(text)
+    assert run.scores("student.nmi") == {"all": 31.5}
+    assert run.scores("student.transfer/dtd") == {"all": 44.0}  # its classes are another set's
+    assert run.scores("student.knn200_weighted") == run.scores("teacher.knn20") == {}
+
+
 def test_pairs_are_seeds_of_one_split(study):
     _, _, outcome = study
     assert outcome.units(EXP25) == "seed"
