@@ -14,6 +14,7 @@ from isd_ray.errors import UserError
 from isd_ray.sweep.check import Plan
 from isd_ray.sweep.search import FAILURE, Job, trial_uri
 from isd_ray.sweep.space import STATM
+from isd_ray.train.cluster import WorkerDied
 from isd_ray.train.folder import RunFolder, load_checkpoint
 from isd_ray.train.trainer import check_same, check_sizes, export, prepare, summary, train_prepared
 from isd_ray.train.validation import Row, read_rows
@@ -25,6 +26,8 @@ def run_job(
     configs: list[Config], memory: float | None, tell: Callable[[Row, RunFolder], bool]
 ) -> str | None:
     """Run a job's runs one after another, from their checkpoints where there are any; returns why it failed, or None.
+
+    Raises WorkerDied where the process of a Ray Train worker ended.
 
     memory: GiB past which this process ends itself. tell: called with each row of validation.jsonl and its seed, also
     those of before an interruption, and with the run's folder; it returns whether the job is to stop there.
@@ -40,6 +43,8 @@ def run_job(
             except Exception as error:
                 reason = reason_of(error)
                 folder.write_json(FAILURE, {"reason": reason, "traceback": traceback.format_exc()})
+                if isinstance(error, WorkerDied):
+                    raise  # as the death of this process would be: Tune counts it and starts the trial again
                 return reason
             finally:
                 if torch.cuda.is_available():
@@ -110,7 +115,7 @@ def known_rows(folder: RunFolder) -> list[Row]:
 def reason_of(error: Exception) -> str:
     """Say in one line why a run failed."""
     first = (str(error).strip().splitlines() or [""])[0]
-    if isinstance(error, UserError):
+    if isinstance(error, UserError | WorkerDied):
         return first
     full = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or "allocate memory" in first
     return f"out of memory: {first}" if full else f"{type(error).__name__}: {first}"
