@@ -17,12 +17,14 @@ from isd_ray.study.faults import Faults
 from isd_ray.study.pictures import make_pictures, read_pictures
 from isd_ray.study.spec import Cell, Pictures
 from isd_ray.study.subsets import opener
+from isd_ray.train.cluster import WorkerDied, release_orphans, why_it_died
 from isd_ray.train.failure import FAILURE, leave_failure
 from isd_ray.train.folder import RunFolder
 from isd_ray.train.trainer import check_same, prepare_run, run_prepared
 
 RESULT = "result.json"
-HOW_FAST = ("batch_size", "every")  # options of evaluate that change no number of a result
+TIDY_SECONDS = 2.0
+HOW_FAST = ("batch_size", "every", "workers", "keep_features", "transfer_root")  # options of evaluate that change no number of a result
 Notify = Callable[[str, Cell, str | None], None]  # ("started" | "ended", cell, why it failed)
 
 
@@ -105,14 +107,17 @@ def run(plan: Plan, folder: RunFolder, concurrent: int, gpus: float, notify: Not
                 notify("ended", job.cell, leave_failure(cell_folder(folder, job.cell), error))
         if not live:
             continue
-        done, _ = ray.wait(list(live))
+        done, _ = ray.wait(list(live), timeout=TIDY_SECONDS)
+        release_orphans()  # of cells with workers that died: the next ones would wait for their place for ever
+        if not done:
+            continue
         job = live.pop(done[0])
         reason, died = _outcome(done[0])
         if died and tries[job.cell] < plan.study.resources.retries:
             tries[job.cell] += 1
             waiting.appendleft(job)
             continue
-        if died:
+        if reason and not cell_folder(folder, job.cell).exists(FAILURE):
             cell_folder(folder, job.cell).write_json(FAILURE, {"reason": reason})
         notify("ended", job.cell, reason)
 
@@ -137,10 +142,11 @@ def _start(
 
 def run_cell(
     values: dict[str, Any], uri: str, splits: Splits, wanted: dict[str, Any] | None, counts: list[int]
-) -> str | None:
-    """Train, evaluate and draw one cell, in a process of its own; returns why it failed, or None.
+) -> tuple[str | None, bool]:
+    """Train, evaluate and draw one cell, in a process of its own.
 
-    A result that is there already is kept: then only the pictures are made.
+    Returns why it failed, or None, and whether that is because the process of a Ray Train worker ended. A result that
+    is there already is kept: then only the pictures are made.
     """
     config, folder = validate(values), RunFolder(uri)
     torch.set_num_threads(config.train.threads)
@@ -151,16 +157,16 @@ def run_cell(
             device = "cpu" if config.train.workers else config.train.device
             make_pictures(config, folder, splits, Pictures(**wanted), counts, device)
     except Exception as error:
-        return leave_failure(folder, error)
+        return leave_failure(folder, error), isinstance(error, WorkerDied)
     finally:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # the next cell of this process needs the room
-    return None
+    return None, False
 
 
 def _outcome(ended: ray.ObjectRef) -> tuple[str | None, bool]:
-    """Return why a cell failed, or None, and whether that is because its process died."""
+    """Return why a cell failed, or None, and whether that is because a process died."""
     try:
-        return ray.get(ended), False
+        return ray.get(ended)
     except ray.exceptions.RayError as error:
-        return f"its process ended: {str(error).strip().splitlines()[0]}", True
+        return why_it_died(str(error)), True

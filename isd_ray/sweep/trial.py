@@ -11,6 +11,7 @@ from isd_ray.config import Config, merge, resolve
 from isd_ray.sweep.check import Plan
 from isd_ray.sweep.search import Job, trial_uri
 from isd_ray.sweep.space import STATM
+from isd_ray.train.cluster import WorkerDied
 from isd_ray.train.failure import FAILURE, leave_failure
 from isd_ray.train.folder import RunFolder, load_checkpoint
 from isd_ray.train.trainer import export, summary, train_prepared
@@ -24,6 +25,8 @@ def run_job(
 ) -> str | None:
     """Run a job's runs one after another, from their checkpoints where there are any; returns why it failed, or None.
 
+    Raises WorkerDied where the process of a Ray Train worker ended.
+
     memory: GiB past which this process ends itself. tell: called with each row of validation.jsonl and its seed, also
     those of before an interruption, and with the run's folder; it returns whether the job is to stop there.
     """
@@ -36,7 +39,10 @@ def run_job(
                 if not train_to_the_end(config, folder, tell):
                     return None
             except Exception as error:
-                return leave_failure(folder, error)
+                reason = leave_failure(folder, error)
+                if isinstance(error, WorkerDied):
+                    raise  # as the death of this process would be: Tune counts it and starts the trial again
+                return reason
             finally:
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()  # the next trial of this process needs the room

@@ -7,7 +7,9 @@ import functools
 import json
 import logging
 import os
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -19,11 +21,13 @@ from isd_ray.errors import UserError
 from isd_ray.sweep.check import Plan
 from isd_ray.sweep.search import DONE, Job, Search
 from isd_ray.sweep.trial import run_config, run_job
+from isd_ray.train.cluster import release_orphans, why_it_died
 from isd_ray.train.failure import FAILURE
 from isd_ray.train.folder import RunFolder
 from isd_ray.train.trainer import open_splits, prepare_run
 from isd_ray.train.validation import Row
 
+TIDY_SECONDS = 2.0
 STOP = "stop"  # file in the folder of a run that is to end
 Event = Callable[[str, Job, dict[str, Any]], None]  # ("started" | "row" | "ended", job, numbers)
 
@@ -50,7 +54,7 @@ def run(plan: Plan, search: Search, concurrent: int, gpus: float, notify: Event)
 
     # With workers the driver takes next to nothing: they have a placement group of their own, which it could starve.
     takes = {"cpu": 0.001} if workers else {"cpu": float(resources.cpus), "gpu": gpus}
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it misses the loggers that are turned off
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's failure is told by `notify`
     name = f"tune-{os.getpid()}-{os.urandom(4).hex()}"
     tuner = tune.Tuner(
         tune.with_resources(trial, takes),
@@ -65,6 +69,7 @@ def run(plan: Plan, search: Search, concurrent: int, gpus: float, notify: Event)
             storage_path=f"{uri}/ray",
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=resources.retries),
+            callbacks=[_Tidy()] if workers else [],
         ),
     )
     try:
@@ -77,6 +82,14 @@ def report_row(row: Row, run: RunFolder) -> bool:
     """Report a row from a trial's process, which waits for the search; tell whether the trial is to stop."""
     tune.report({"row": row})
     return run.exists(STOP)
+
+
+def last_error(trial: Any) -> str:
+    """Return what Tune has noted of a trial's last death; it calls its scheduler before the error has its place."""
+    if not trial.error_file or not os.path.exists(trial.error_file):
+        return ""
+    notes = Path(trial.error_file).read_text(errors="replace").split("Failure # ")[-1]
+    return notes.partition("\n")[2]
 
 
 class _Jobs:
@@ -97,6 +110,19 @@ class _Jobs:
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its searcher and scheduler; what is to be kept of ours stands in the journal."""
         return {}
+
+
+class _Tidy(tune.Callback):
+    """Frees what trials with workers leave behind when they die: the next trials would wait for it for ever."""
+
+    def __init__(self) -> None:
+        self.last = 0.0
+
+    def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
+        """Called some ten times a second."""
+        if time.monotonic() - self.last > TIDY_SECONDS:
+            release_orphans()
+            self.last = time.monotonic()
 
 
 class _Suggest(Searcher):
@@ -162,7 +188,5 @@ class _Stop(FIFOScheduler):
         """A process died: find out why before the search is told."""
         job = self.jobs.by_trial[trial.trial_id]
         left = [f for s in job.seeds if (f := self.jobs.search.run_folder(job.number, s)).exists(FAILURE)]
-        error = trial.get_error()
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = left[0].read_json(FAILURE)["reason"] if left else f"its process ended: {lines[0]}"
+        reason = left[0].read_json(FAILURE)["reason"] if left else why_it_died(last_error(trial))
         self.jobs.lost[trial.trial_id] = reason

@@ -5,6 +5,7 @@ import traceback
 import torch
 
 from isd_ray.errors import UserError
+from isd_ray.train.cluster import WorkerDied
 from isd_ray.train.folder import RunFolder
 
 FAILURE = "failure.json"
@@ -20,7 +21,7 @@ def leave_failure(folder: RunFolder, error: Exception) -> str:
 def reason_of(error: Exception) -> str:
     """Say in one line why a run failed."""
     first = (str(error).strip().splitlines() or [""])[0]
-    if isinstance(error, UserError):
+    if isinstance(error, UserError | WorkerDied):
         return first
     full = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or "allocate memory" in first
     return f"out of memory: {first}" if full else f"{type(error).__name__}: {first}"

@@ -7,13 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import ray
 import yaml
-from tiny_run import options_of_tiny_run
+from tiny_run import GOAL, tiny_space
 
 import isd_ray
 from isd_ray.config import parse, resolve
@@ -26,27 +25,6 @@ from isd_ray.train.trainer import pretrain
 from isd_ray.train.validation import read_rows
 
 ROOT = Path(__file__).parents[2]
-OWN = ("name", "output", "train.epochs", "train.threads", "evaluate.enabled")
-GOAL = "student.knn20"
-
-
-def tiny_space(shards: Path, **change: Any) -> dict[str, Any]:
-    """A space of seconds a trial, on the tiny set."""
-    config = {k: v for k, v in options_of_tiny_run(shards, Path("unused")).items() if k not in OWN}
-    return {
-        "config": config,
-        "space": {
-            "method.temperature": {"loguniform": [0.02, 0.5]},
-            "train.lr": {"loguniform": [0.005, 0.5]},
-        },
-        "goals": [GOAL],
-        "validation": {"per_class": 10, "every": 1},
-        "budget": {"trials": 5, "epochs": 4},
-        "scheduler": {"name": "asha", "grace": 1, "factor": 2},
-        "sampler": {"startup": 3},
-        "confirm": {"best": 1, "seeds": 1},
-        "resources": {"cpus": 1, "concurrent": 1},
-    } | change
 
 
 def known(uri: str) -> list[tuple]:
