@@ -24,7 +24,13 @@ from isd_ray.train.trainer import check_same, prepare_run, run_prepared
 
 RESULT = "result.json"
 TIDY_SECONDS = 2.0
-HOW_FAST = ("batch_size", "every", "workers", "keep_features", "transfer_root")  # options of evaluate that change no number of a result
+HOW_FAST = (
+    "batch_size",
+    "every",
+    "workers",
+    "keep_features",
+    "transfer_root",
+)  # of evaluate: they change no number
 Notify = Callable[[str, Cell, str | None], None]  # ("started" | "ended", cell, why it failed)
 
 
