@@ -29,6 +29,7 @@ from isd_ray.train.trainer import open_splits
 from isd_ray.train.validation import Row
 
 DATA_CPUS = 1  # CPUs that trials leave to the tasks that read images: without any they would wait for ever
+DRIVER_CPUS = 0.001  # of a trial with workers
 TIDY_SECONDS = 2.0
 STOP = "stop"  # file in the folder of a run that is to end
 Event = Callable[[str, Job, dict[str, Any]], None]  # ("started" | "row" | "ended", job, numbers)
@@ -43,8 +44,9 @@ def room(plan: Plan) -> tuple[int, float]:
     have = ray.cluster_resources()
     cpus, all_gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
     gpus = resources.gpus if resources.gpus is not None else min(all_gpus, 1.0)
-    parts = max(workers, 1)  # of a trial with workers, its driver takes nothing
-    needs: dict[str, tuple[float, float]] = {"CPUs": (parts * resources.cpus, cpus - DATA_CPUS)}
+    parts = max(workers, 1)
+    takes = parts * resources.cpus + (DRIVER_CPUS if workers else 0)
+    needs: dict[str, tuple[float, float]] = {"CPUs": (takes, cpus - DATA_CPUS)}
     if gpus:
         needs["GPUs"] = (parts * gpus, all_gpus)
     for unit, (need, free) in needs.items():
@@ -54,12 +56,24 @@ def room(plan: Plan) -> tuple[int, float]:
                 f"resources: a trial takes {need:g} {unit} and this cluster has {have.get(unit[:3], 0):g}{kept}; lower "
                 f"resources.{unit.lower()} or train.workers"
             )
-    fitting = min(math.floor(free / need + 1e-9) for need, free in needs.values())
+    slots = sum(_fits(node["Resources"], resources.cpus, gpus) for node in ray.nodes() if node["Alive"])
+    if slots < parts:
+        raise UserError(
+            f"resources: {parts} times {resources.cpus} CPUs and {gpus:g} GPUs, each on one node, are more than the "
+            "nodes of this cluster hold; lower resources.cpus, resources.gpus or train.workers"
+        )
+    fitting = min(slots // parts, *(math.floor(free / need + 1e-9) for need, free in needs.values()))
     if resources.concurrent is not None and resources.concurrent > fitting:
         raise UserError(
             f"resources.concurrent {resources.concurrent}: {fitting} trials fit on this cluster at once; lower it"
         )
     return resources.concurrent or fitting, gpus
+
+
+def _fits(node: dict[str, float], cpus: float, gpus: float) -> int:
+    """Return how many times this many CPUs and GPUs lie on one node."""
+    by_cpu = math.floor(node.get("CPU", 0.0) / cpus + 1e-9)
+    return min(by_cpu, math.floor(node.get("GPU", 0.0) / gpus + 1e-9)) if gpus else by_cpu
 
 
 def run(plan: Plan, search: Search, concurrent: int, gpus: float, notify: Event) -> None:
@@ -83,7 +97,7 @@ def run(plan: Plan, search: Search, concurrent: int, gpus: float, notify: Event)
             tune.report({"failure": failure})
 
     # With workers the driver takes next to nothing: they have a placement group of their own, which it could starve.
-    takes = {"cpu": 0.001} if workers else {"cpu": float(resources.cpus), "gpu": gpus}
+    takes = {"cpu": DRIVER_CPUS} if workers else {"cpu": float(resources.cpus), "gpu": gpus}
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's failure is told by `notify`
     name = f"tune-{os.getpid()}-{os.urandom(4).hex()}"
     tuner = tune.Tuner(

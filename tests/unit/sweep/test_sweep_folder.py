@@ -3,9 +3,6 @@
 import errno
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from test_sweep_search import GOALS, SPACE, play, rows_of, search_in, state_of
@@ -17,8 +14,7 @@ from isd_ray.sweep.journal import FILE, FolderJournal
 from isd_ray.sweep.results import collect
 from isd_ray.sweep.space import Space
 from isd_ray.train.folder import RunFolder
-
-ROOT = Path(__file__).parents[3]
+from jobs.sweep import main
 
 
 def test_a_journal_that_lost_a_line_in_its_middle_is_named(tmp_path):
@@ -62,30 +58,24 @@ def test_a_goal_that_is_never_measured_fails_the_trial_and_not_the_sweep(tmp_pat
         collect(search)
 
 
-def job(*arguments: str) -> tuple[int, str]:
-    """Run jobs/sweep.py to its end; returns its exit code and what it said of its error."""
-    command = [sys.executable, str(ROOT / "jobs/sweep.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    return done.returncode, done.stderr
-
-
-def test_the_job_says_in_one_line_what_is_wrong_and_exits_with_2(tmp_path):
-    space = tmp_path / "space.yaml"
-    many = (os.cpu_count() or 1) + 1
-    space.write_text(
-        json.dumps({"space": {"train.lr": {"uniform": [0.01, 0.1]}}, "resources": {"cpus": many}})
-    )
+def test_the_job_says_in_one_line_what_is_wrong_and_exits_with_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run.session, "is_local", lambda _: True)
+    space, many = tmp_path / "space.yaml", (os.cpu_count() or 1) + 1
+    content = {"space": {"train.lr": {"uniform": [0.01, 0.1]}}, "resources": {"cpus": many}}
+    space.write_text(json.dumps(content))
     (tmp_path / "file").write_text("")
-    code, said = job("--space", str(space), "--output", str(tmp_path))
-    assert (code, said) == (
-        2,
-        f"error: resources: a trial takes {many} CPUs and this machine has {many - 1}; lower resources.cpus or "
-        "train.workers\n",
-    )
-    code, said = job("--space", str(space), "--output", str(tmp_path / "file"), "--trials", "2")
-    assert code == 2
-    assert said.startswith(f"error: {tmp_path}/file/sweep-space: ")
-    assert said.count("\n") == 1
+    for arguments, said in (
+        (
+            ["--output", str(tmp_path)],
+            f"resources: a trial takes {many} CPUs and this machine has {many - 1}; lower",
+        ),
+        (["--output", str(tmp_path / "file")], f"{tmp_path}/file/sweep-space: "),
+        (["--output", str(tmp_path), "--trials", "0"], "--trials 0: give 1 or more"),
+    ):
+        assert main(["--space", str(space), *arguments]) == 2
+        line = capsys.readouterr().err
+        assert line.startswith(f"error: {said}")
+        assert line.count("\n") == 1
 
 
 def test_a_trial_of_several_workers_is_measured_against_the_machine(monkeypatch):
