@@ -7,9 +7,9 @@ from typing import Any
 import yaml
 
 from isd_ray import session
-from isd_ray.config import Config, flatten
+from isd_ray.config import Config, flatten, merge
 from isd_ray.errors import UserError
-from isd_ray.room import room
+from isd_ray.room import local_cpus, room
 from isd_ray.study import report, results, work
 from isd_ray.study.check import Plan, check
 from isd_ray.study.spec import Cell
@@ -30,8 +30,7 @@ def compare(
     content: of the study's file. given: options of every run by dotted name, which win over the file's. report_only:
     run nothing, report what is there. Raises UserError, which lists all faults, before anything runs.
     """
-    address = (given or {}).get("address")
-    session.start_ray(address, _processes(content))
+    session.start_ray((given or {}).get("address"), _local_cpus(content, given or {}))
     plan = check(content, given)
     folder = RunFolder(run_uri(Config(name=name, output=output)))
     lock = only_driver(folder, "study")
@@ -52,16 +51,16 @@ def compare(
     return outcome
 
 
-def _processes(content: Mapping[str, Any]) -> int:
-    """Return the CPUs that a Ray of our own must have; the file is not checked yet."""
+def _local_cpus(content: Mapping[str, Any], given: Mapping[str, Any]) -> int:
+    """Return the CPUs that a Ray of our own must have. The file is not checked yet: what is no number counts as one."""
     resources, config = content.get("resources"), content.get("config")
     wanted = resources if isinstance(resources, Mapping) else {}
-    options = flatten(config) if isinstance(config, Mapping) else {}
-    numbers = (wanted.get("concurrent"), wanted.get("cpus"), options.get("train.workers"))
-    product = 1
-    for number in numbers:
-        product *= number if isinstance(number, int) and number > 0 else 1
-    return product
+    options = flatten(merge(config if isinstance(config, Mapping) else {}, given))
+    cpus, concurrent, workers = (
+        number if isinstance(number, int) and number > 0 else None
+        for number in (wanted.get("cpus"), wanted.get("concurrent"), options.get("train.workers"))
+    )
+    return local_cpus("cell", cpus or 1, concurrent, workers or 0, options.get("address"))
 
 
 def _run(plan: Plan, folder: RunFolder) -> None:

@@ -12,6 +12,7 @@ import yaml
 from isd_ray.config import Config, validate
 from isd_ray.data.catalog import Splits
 from isd_ray.errors import UserError
+from isd_ray.room import DRIVER_CPUS
 from isd_ray.study.check import Plan
 from isd_ray.study.faults import Faults
 from isd_ray.study.pictures import make_pictures, read_pictures
@@ -140,7 +141,7 @@ def _start(
         prepare_run(config, splits)
     # With workers the driver takes next to nothing: they have a placement group of their own, which it could starve.
     workers, cpus = config.train.workers, plan.study.resources.cpus
-    takes = {"num_cpus": 0.001} if workers else {"num_cpus": cpus, "num_gpus": gpus}
+    takes = {"num_cpus": DRIVER_CPUS} if workers else {"num_cpus": cpus, "num_gpus": gpus}
     task = ray.remote(**takes, max_retries=0)(run_cell)  # type: ignore[call-overload]
     wanted = plan.study.pictures.model_dump() if job.pictures else None
     return task.remote(config.model_dump(), run.uri, splits, wanted, plan.frequencies(job.cell.subset))

@@ -56,7 +56,12 @@ def check(space: Space, given: Mapping[str, Any] | None = None) -> Plan:
     if not space.space:
         faults.append("space: nothing is varied; name at least one option")
     constraints = [c for text in space.constraints if (c := _constraint(text, names, faults))]
-    faults += [*_goal_faults(space), *_budget_faults(space), *_memory_faults(space, base)]
+    faults += [
+        *_goal_faults(space),
+        *_budget_faults(space),
+        *_room_faults(space),
+        *_memory_faults(space, base),
+    ]
     if not faults:
         faults += _config_faults(space, base, dimensions)
     if faults:
@@ -180,6 +185,13 @@ def _budget_faults(space: Space) -> Iterator[str]:
         yield f"scheduler.grace {scheduler.grace}: no evaluated epoch; use a multiple of validation.every ({every})"
 
 
+def _room_faults(space: Space) -> Iterator[str]:
+    """Ray counts thousandths of a GPU, and several GPUs only whole."""
+    gpus = space.resources.gpus or 0.0
+    if 0 < gpus < 0.001 or (gpus > 1 and not gpus.is_integer()):
+        yield f"resources.gpus {gpus:g}: give a share from 0.001 to 1, or a whole number"
+
+
 def _memory_faults(space: Space, base: dict[str, Any]) -> Iterator[str]:
     """A limit that nobody would watch is refused."""
     if space.resources.memory is None:
@@ -234,14 +246,15 @@ def _setting_faults(plan: Plan, values: Mapping[str, Any]) -> Iterator[str]:
     if missing:
         yield f"{title}: {', '.join(missing)} has no value"
     elif text := _breaks(plan, values):
-        yield f"{title}: it breaks the constraint '{text}'"
+        yield f"{title}: {text}"
 
 
 def _breaks(plan: Plan, values: Mapping[str, Any]) -> str | None:
     try:
-        return plan.broken(values, None)
+        text = plan.broken(values, None)
     except UserError as error:
         return str(error)
+    return f"it breaks the constraint '{text}'" if text else None
 
 
 def resolved(plan: Plan, values: Mapping[str, Any]) -> Config:

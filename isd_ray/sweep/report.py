@@ -33,7 +33,8 @@ def _head(plan: Plan, folder: RunFolder, name: str, outcome: Outcome) -> Iterato
     )
     yield f"Default (trial 0): {against}.</p>"
     yield f"<p>{_verdict(outcome)}</p>"
-    yield f"<p>Run it on all training images: <code>python jobs/pretrain.py --config {folder.uri}/best.yaml</code></p>"
+    command = html.escape(f"python jobs/pretrain.py --config {folder.uri}/best.yaml")
+    yield f"<p>Run it on all training images: <code>{command}</code></p>"
     if outcome.front:
         yield f"<p>Pareto front: {', '.join(f'trial {t.number}' for t in outcome.front)}.</p>"
     yield _table(plan, outcome)

@@ -18,6 +18,7 @@ from ray.tune.search import Searcher
 
 from isd_ray.config import Config, validate
 from isd_ray.errors import UserError
+from isd_ray.room import DRIVER_CPUS
 from isd_ray.sweep.check import Plan
 from isd_ray.sweep.search import DONE, Job, Search
 from isd_ray.sweep.trial import run_config, run_job
@@ -53,7 +54,7 @@ def run(plan: Plan, search: Search, concurrent: int, gpus: float, notify: Event)
             tune.report({"failure": failure})
 
     # With workers the driver takes next to nothing: they have a placement group of their own, which it could starve.
-    takes = {"cpu": 0.001} if workers else {"cpu": float(resources.cpus), "gpu": gpus}
+    takes = {"cpu": DRIVER_CPUS} if workers else {"cpu": float(resources.cpus), "gpu": gpus}
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's failure is told by `notify`
     name = f"tune-{os.getpid()}-{os.urandom(4).hex()}"
     tuner = tune.Tuner(

@@ -225,9 +225,8 @@ def _cause(error: Exception) -> Exception:
 
 def why_it_died(text: str) -> str:
     """Return the one sentence of Ray's message on a dead process that says why."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    telling = next(
-        (line for line in lines if " because " in line), lines[0] if lines else "no reason was given"
-    )
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no reason was given"]
+    first = lines[-1] if "Traceback" in text else lines[0]  # a traceback ends with the error
+    telling = next((line for line in lines if " because " in line), first)
     sentence, *_ = telling.split(". ")
     return f"its process ended: {sentence.rstrip('.')}"

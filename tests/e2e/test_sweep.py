@@ -149,15 +149,23 @@ def test_a_trial_on_workers_is_judged_and_stopped_too(ray_session, tiny_shards, 
 
 
 def test_more_than_there_is_is_said_at_the_start(ray_session, tiny_shards, tmp_path):
-    for resources, words in (
-        ({"cpus": 64}, "a trial takes 64 CPUs and this cluster has 4, 1 of which is kept for reading images"),
-        ({"concurrent": 9}, "resources.concurrent 9: 3 trials fit"),
-        ({"gpus": 0.5}, "a trial takes 0.5 GPUs and this cluster has 0"),
+    for resources, workers, words in (
+        (
+            {"cpus": 64},
+            0,
+            "a trial takes 64 CPUs and this cluster has 4, 1 of which is kept for reading images",
+        ),
+        ({"concurrent": 9}, 0, "resources.concurrent 9: 3 trials fit"),
+        ({"gpus": 0.5}, 0, "a trial takes 0.5 GPUs and this cluster has 0"),
+        ({"cpus": 1}, 8, "a trial takes 8.001 CPUs and this cluster has 4"),
+        ({"cpus": 2, "concurrent": 2}, 1, "resources.concurrent 2: 1 trials fit"),
     ):
         if "gpus" in resources and ray.cluster_resources().get("GPU"):
             continue
+        content = tiny_space(tiny_shards, resources=resources)
+        content["config"]["train.workers"] = workers
         with pytest.raises(UserError) as error:
-            sweep(Space(**tiny_space(tiny_shards, resources=resources)), "no", str(tmp_path))
+            sweep(Space(**content), "no", str(tmp_path))
         assert words in str(error.value)
         assert "\n" not in str(error.value)
         assert not (tmp_path / "no" / "journal.jsonl").exists(), "something was started"
