@@ -50,6 +50,13 @@ def room(
     return concurrent or fitting, share
 
 
+def share_fault(gpus: float | None) -> str | None:
+    """Say why Ray cannot give so many GPUs: it counts thousandths of one, and several only whole."""
+    if gpus and (gpus < 0.001 or (gpus > 1 and not float(gpus).is_integer())):
+        return f"resources.gpus {gpus:g}: give a share from 0.001 to 1, or a whole number"
+    return None
+
+
 def local_cpus(what: str, cpus: int, concurrent: int | None, workers: int, address: str | None) -> int:
     """Return the CPUs that runs take on a Ray of this machine; one in use already, or elsewhere, has what it has.
 

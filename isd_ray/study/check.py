@@ -10,6 +10,7 @@ from isd_ray.data.imbalance import SCHEMES
 from isd_ray.errors import UserError, nearest
 from isd_ray.evaluate.names import EXAMPLES, name_faults
 from isd_ray.evaluate.names import parse as parse_name
+from isd_ray.room import share_fault
 from isd_ray.study.faults import Faults, parse
 from isd_ray.study.spec import (
     Cell,
@@ -117,6 +118,8 @@ def check(content: Mapping[str, Any], given: Mapping[str, Any] | None = None) ->
         faults.add(text)
     for text in _imbalance_faults(study):
         faults.add(text)
+    if share := share_fault(study.resources.gpus):
+        faults.add(share)
     configs = _configs(study, given, faults)
     facts = look_at(study, configs, faults)
     faults.raise_if_any()

@@ -33,6 +33,16 @@ def compare(
     session.start_ray((given or {}).get("address"), _local_cpus(content, given or {}))
     plan = check(content, given)
     folder = RunFolder(run_uri(Config(name=name, output=output)))
+    try:
+        outcome = _compared(plan, folder, name, report_only)
+    except OSError as error:
+        raise UserError(f"{folder.uri}: {error}; mend that, and the same command goes on") from error
+    _print_outcome(outcome, folder)
+    return outcome
+
+
+def _compared(plan: Plan, folder: RunFolder, name: str, report_only: bool) -> results.Outcome:
+    """Run and report in the folder, which no other process may work on meanwhile."""
     lock = only_driver(folder, "study")
     try:
         work.check_cells(plan, folder)
@@ -47,7 +57,6 @@ def compare(
     finally:
         if lock:
             lock.close()
-    _print_outcome(outcome, folder)
     return outcome
 
 

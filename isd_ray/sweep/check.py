@@ -7,6 +7,7 @@ from typing import Any
 from isd_ray.config import Config, flatten, merge, option_names, resolve, validate
 from isd_ray.errors import UserError, nearest
 from isd_ray.evaluate.protocols import KNN
+from isd_ray.room import share_fault
 from isd_ray.sweep.constraints import Constraint, parse_constraint
 from isd_ray.sweep.space import STATM, Dimension, Space, parse_dimension
 from isd_ray.train.trainer import FREE, FREE_SECTIONS
@@ -59,7 +60,7 @@ def check(space: Space, given: Mapping[str, Any] | None = None) -> Plan:
     faults += [
         *_goal_faults(space),
         *_budget_faults(space),
-        *_room_faults(space),
+        *([fault] if (fault := share_fault(space.resources.gpus)) else []),
         *_memory_faults(space, base),
     ]
     if not faults:
@@ -183,13 +184,6 @@ def _budget_faults(space: Space) -> Iterator[str]:
         yield f"scheduler.grace {scheduler.grace}: a trial has {epochs} epochs; set an earlier one or name: none"
     if scheduler.grace % every:
         yield f"scheduler.grace {scheduler.grace}: no evaluated epoch; use a multiple of validation.every ({every})"
-
-
-def _room_faults(space: Space) -> Iterator[str]:
-    """Ray counts thousandths of a GPU, and several GPUs only whole."""
-    gpus = space.resources.gpus or 0.0
-    if 0 < gpus < 0.001 or (gpus > 1 and not gpus.is_integer()):
-        yield f"resources.gpus {gpus:g}: give a share from 0.001 to 1, or a whole number"
 
 
 def _memory_faults(space: Space, base: dict[str, Any]) -> Iterator[str]:

@@ -76,6 +76,7 @@ def fault(**change: Any) -> str:
         ({"fairness": "flops"}, "fairness: Input should be 'epochs' or 'passes'"),
         ({"fairness": "passes", "methods": {"moco_v2": {"train.epochs": 3}}}, "fairness: passes sets it"),
         ({"methods": {}}, "methods: nothing stands there"),
+        ({"resources": {"gpus": 1.5}}, "resources.gpus 1.5: give a share from 0.001 to 1, or a whole number"),
     ],
 )
 def test_a_fault_is_named_with_its_remedy(change, words):
