@@ -51,6 +51,7 @@ def frequency(outcome: Outcome, setting: Setting, metric: str) -> Figure:
     below.set_ylabel(f"minus {outcome.methods[0]}\n[points]")
     below.set_xlabel("pretraining images of the class")
     _log_axis(below, sorted({x for line in lines.values() for x in line}))
+    axes.tick_params(axis="x", which="both", length=0)
     for each in (axes, below):
         _clean(each)
     _legend(figure, axes)

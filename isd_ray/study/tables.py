@@ -83,7 +83,7 @@ def by_split(outcome: Outcome, setting: Setting, metric: str) -> Table:
             both = {k: found[k] - values[base][k] for k in keys if k in found and k in values[base]}
             cells = [_signed(both.get(k)) for k in keys]
             rows.append([group_title(group), f"Diff {method} - {base}", *cells, _signed_mean(both.values())])
-    header = ["classes", "method", *(f"{unit} {k}" if unit == "seed" else str(k) for k in keys), "mean"]
+    header = ["classes", "method", *(f"{unit} {k}" if isinstance(k, int) else k for k in keys), "mean"]
     several = len({seed for _, seed in outcome.columns(setting)}) > 1
     note = "In %." + (" Each entry is the mean over seeds." if unit == "split" and several else "")
     return Table(f"{metric_title(metric)} by {unit}", header, rows, note, texts=2, rules=frozenset(rules))

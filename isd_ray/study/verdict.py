@@ -121,7 +121,7 @@ def limits(outcome: Outcome) -> Iterator[str]:
     if epochs:
         span = f"{epochs[0]}" if len(epochs) == 1 else f"{epochs[0]} to {epochs[-1]}"
         yield (
-            f"Runs of {span} epochs: methods learn at different speeds (ISD's authors show it behind MoCo early and "
+            f"Epochs of a run: {span}. Methods learn at different speeds (ISD's authors show it behind MoCo early and "
             "ahead late), so more epochs may change the order."
         )
     yield (
