@@ -86,7 +86,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         content = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise UserError(f"config file {path}: {error.strerror}; give the path of a YAML file") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"config file {path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict | None):
         raise UserError(f"config file {path}: expected 'name: value' lines, found {type(content).__name__}")

@@ -1,16 +1,42 @@
 """The groups of options that every run has: names, ranges, defaults and what they mean."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from isd_ray.errors import nearest
+from isd_ray.evaluate.names import DEFAULT, name_faults
 
 
 class Section(BaseModel):
     """A group of options; unknown names are refused."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+def faults_of(model: type[BaseModel], error: ValidationError) -> list[str]:
+    """Return one line for each thing that is wrong, an unknown name with the nearest one that there is."""
+    faults = []
+    for e in error.errors():
+        name = ".".join(map(str, e["loc"]))
+        if e["type"] == "extra_forbidden":
+            known = _model_at(model, e["loc"][:-1]).model_fields
+            faults.append(f"unknown entry '{name}'.{nearest(str(e['loc'][-1]), known)}")
+        else:
+            faults.append(f"{name}: {e['msg']}")
+    return faults
+
+
+def _model_at(model: type[BaseModel], path: Sequence[str | int]) -> type[BaseModel]:
+    """Follow the path through sections and through mappings or lists of them."""
+    kind: Any = model
+    for part in path:
+        isa = isinstance(kind, type) and issubclass(kind, BaseModel)
+        kind = kind.model_fields[part].annotation if isa else get_args(kind)[-1]
+    return kind
 
 
 class DataConfig(Section):
@@ -247,9 +273,38 @@ class EvaluateConfig(Section):
     every: int = Field(
         0, ge=0, description="Epochs between kNN evaluations on the way, on --data.validation; 0: none"
     )
-    linear: bool = Field(True, description="Also train the linear classifier")
+    protocols: list[str] = Field(
+        list(DEFAULT),
+        description="Protocols: knnK, knnK_weighted, linear, linear_sdclr, linear_bcl, fewshotN, labelsP, nmi, ari, "
+        "transfer/SET",
+    )
+    transfer_root: str | None = Field(
+        None, description="Folder that holds torchvision's files of the sets to transfer to"
+    )
+    linear: bool = Field(True, description="false leaves `linear` out of the protocols")
     bank: Literal["auto", "balanced", "train"] = Field(
         "auto", description="Labelled bank of kNN: the balanced set, or the pretraining subset"
     )
     baselines: bool = Field(True, description="Also evaluate the untrained backbone and raw pixels")
     batch_size: int = Field(256, ge=1, description="Images a forward pass")
+    workers: int = Field(
+        0,
+        ge=0,
+        description="Actors that compute features, and tasks that search the bank; 0: on CUDA as many as trained, on "
+        "CPU this process",
+    )
+    keep_features: bool = Field(True, description="Keep the features as Parquet in the run folder")
+
+    @field_validator("protocols", mode="after")
+    @classmethod
+    def _know_protocols(cls, names: list[str]) -> list[str]:
+        """Refuse unknown and repeated names, all at once."""
+        faults = name_faults(names)
+        if faults:
+            raise ValueError("; ".join(faults))
+        return names
+
+    @property
+    def chosen(self) -> list[str]:
+        """The protocols that are to run."""
+        return [name for name in self.protocols if name != "linear" or self.linear]

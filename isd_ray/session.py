@@ -20,6 +20,11 @@ def inside_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
+def is_local(address: str | None = None) -> bool:
+    """Tell whether `start_ray` would start a Ray on this machine: there is none yet, and none is to be joined."""
+    return not ray.is_initialized() and not address and not os.environ.get("RAY_ADDRESS")
+
+
 def start_ray(address: str | None = None, workers: int = 0) -> None:
     """Join the cluster at `address` or RAY_ADDRESS, else start a local Ray with room for `workers` and data tasks.
 

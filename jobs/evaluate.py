@@ -2,6 +2,7 @@
 
 python jobs/evaluate.py runs/NAME
 python jobs/evaluate.py runs/NAME --checkpoint step-00001000.pt --bank train --no-linear
+python jobs/evaluate.py runs/NAME --protocols knn20 linear_sdclr fewshot10 labels1 nmi
 """
 
 import argparse
@@ -25,6 +26,10 @@ def parser() -> argparse.ArgumentParser:
         "--linear", action=argparse.BooleanOptionalAction, help="train the linear classifier too"
     )
     options.add_argument(
+        "--protocols", nargs="+", help="what to measure: knn20, linear, fewshot10, transfer/dtd"
+    )
+    options.add_argument("--transfer-root", help="folder of torchvision's files, for transfer/SET")
+    options.add_argument(
         "--baselines", action=argparse.BooleanOptionalAction, help="untrained backbone and raw pixels"
     )
     options.add_argument("--shards", help="folder or URI of the shards, where they moved since the run")
@@ -39,6 +44,7 @@ def main(arguments: list[str]) -> int:
         from isd_ray.train.trainer import evaluate, print_result
 
         options = {"bank": given.bank, "linear": given.linear, "baselines": given.baselines}
+        options |= {"protocols": given.protocols, "transfer_root": given.transfer_root}
         places = {"shards": given.shards, "root": given.root}
         print_result(evaluate(given.run, given.checkpoint, options, places))
     except UserError as error:

@@ -40,6 +40,8 @@ def main(arguments: list[str]) -> int:
 
         space = read_space(given.space)
         if given.trials is not None:
+            if given.trials < 1:
+                raise UserError(f"--trials {given.trials}: give 1 or more")
             space.budget.trials = given.trials
         options = read_options(rest, "jobs/sweep.py")
         sweep(space, given.name or f"sweep-{Path(given.space).stem}", given.output, options)

@@ -45,7 +45,8 @@ class Blocks:
         return isinstance(self.filesystem, fs.LocalFileSystem)
 
     @cached_property
-    def _table_ref(self) -> ray.ObjectRef:
+    def table_ref(self) -> ray.ObjectRef:
+        """The columns that say where images lie, in the object store."""
         return ray.put(self._ranges)
 
     @cached_property
@@ -73,7 +74,7 @@ class Blocks:
             parts = (read_range(*part, self._ranges, rows, position, *settings) for part in ranges)
             yield from cut_batches((block for part in parts for block in part), batch)
             return
-        shared = (self._table_ref, ray.put(rows), ray.put(position))
+        shared = (self.table_ref, ray.put(rows), ray.put(position))
         reader = READER.options(
             num_returns="streaming",
             max_retries=TASK_RETRIES,
@@ -161,7 +162,7 @@ def in_order(
                 del block  # else the store keeps it until the next one is there
             running.popleft()
     except ray.exceptions.RayTaskError as error:
-        raise _user_error(error) or error from None
+        raise error_of_task(error) or error from None
     finally:
         for task in [] if sys.is_finalizing() else running:
             with suppress(ray.exceptions.RayError):  # it has ended, or its node has
@@ -197,14 +198,14 @@ def cut_batches(blocks: Iterable[Block], batch: int) -> Iterator[Block]:
         yield rest
 
 
-def _user_error(error: BaseException | None) -> UserError | None:
+def error_of_task(error: BaseException | None) -> UserError | None:
     """Return the UserError that a task raised, from under what Ray wraps around it and without the lines it adds."""
     while error is not None and not isinstance(error, UserError | ray.exceptions.RayError):
         error = error.__cause__
     if isinstance(
         error, ray.exceptions.RayError
     ):  # first: Ray's class for a task's error is of the error's class too
-        return _user_error(getattr(error, "cause", None))
+        return error_of_task(getattr(error, "cause", None))
     return None if error is None else UserError(str(error).partition("\n")[0])
 
 

@@ -83,9 +83,13 @@ def decode_set(blocks: Blocks, world: int = 1) -> tuple[np.ndarray, np.ndarray, 
 def in_index_order(blocks: Blocks, shape: Shape, batch: int, world: int = 1) -> Iterator[Block]:
     """Yield the whole set once, `batch` rows at a time, in the order of the index."""
     rows = np.arange(blocks.table.num_rows)
+    yield from blocks.read(rows, rows, ordered_ranges(len(rows), batch, shape), batch, shape, world)
+
+
+def ordered_ranges(rows: int, batch: int, shape: Shape) -> list[tuple[int, int]]:
+    """Cut 0 .. rows into ranges [start, stop) for reading tasks, whole batches each but the last."""
     step = batch * max(1, min(TASK_IMAGES, task_rows(batch, shape)) // batch)
-    ranges = [(a, min(a + step, len(rows))) for a in range(0, len(rows), step)]
-    yield from blocks.read(rows, rows, ranges, batch, shape, world)
+    return [(a, min(a + step, rows)) for a in range(0, rows, step)]
 
 
 class _Holder:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 from isd_ray.session import start_ray
 
@@ -31,7 +32,7 @@ def run_tasks(
         count: how many units a result stands for.
         total: units in all (default: one an item).
     """
-    progress = _Progress(unit, len(items) if total is None else total, quiet)
+    progress = Progress(unit, len(items) if total is None else total, quiet)
     with progress:
         if workers == 0:
             return [progress.add(call(*item), count) for item in items]
@@ -65,18 +66,18 @@ def _get(reference: ray.ObjectRef) -> Any:
         raise (error.cause or error) from None
 
 
-class _Progress:
+class Progress:
     """A bar on a terminal, a line a second elsewhere, nothing when quiet."""
 
     def __init__(self, unit: str, total: int, quiet: bool):
         self.unit, self.total, self.quiet = unit, total, quiet
         self.done, self.started, self.said = 0, time.monotonic(), time.monotonic()
         columns = (TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
-        self.bar = Progress(TextColumn(unit), BarColumn(), MofNCompleteColumn(), *columns)
+        self.bar = Bar(TextColumn(unit), BarColumn(), MofNCompleteColumn(), *columns)
         self.live = not quiet and sys.stdout.isatty()
         self.task = self.bar.add_task(unit, total=total, rate="")
 
-    def __enter__(self) -> "_Progress":
+    def __enter__(self) -> "Progress":
         if self.live:
             self.bar.start()
         return self

@@ -193,14 +193,19 @@ def ordered(table: pa.Table, *, size: int, batch: int = 256, max_bad: float = 0.
 
     A broken image is left out (`index` says which rows there are). Raises UserError past `max_bad`.
     """
-    whole = one_size(table)
-    shape = Shape(whole[::-1]) if whole else Shape((size, size), center=True)
+    shape = centre_shape(table, size)
     labels = torch.from_numpy(index_table.labels(table))
     bad = BadImages(table, max_bad)
     for block in in_index_order(Blocks(table), shape, batch):
         good = bad.note(block)
         index = torch.from_numpy(block["row"][good])
         yield Batch(good_images(block, good), index, labels[index], index, epoch=0, seed=0)
+
+
+def centre_shape(table: pa.Table, size: int) -> Shape:
+    """Return how evaluation reads a set: images of one size as they are, others as centre views of `size` pixels."""
+    whole = one_size(table)
+    return Shape(whole[::-1]) if whole else Shape((size, size), center=True)
 
 
 def good_images(block: dict[str, np.ndarray], good: np.ndarray) -> Tensor:

@@ -4,9 +4,41 @@ A method may reach a low loss by mapping all images to one point or to a few dir
 before any accuracy does.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+DEAD = 0.01  # of the std of a dimension that is spread as on the sphere
+
+
+@torch.no_grad()
+def describe_spread(features: Tensor) -> dict[str, Any]:
+    """Return dimension and label-free measures of collapse of features [N, d].
+
+    `std` is the mean and `std_by_dimension` minimum, median and maximum of `dimension_std`; `dead_dimensions` of d
+    have less than 1 % of what an even spread gives.
+    """
+    std = dimension_std(features)
+    ends = torch.quantile(std, torch.tensor([0.0, 0.5, 1.0], dtype=std.dtype)).tolist()
+    return {
+        "dim": features.shape[1],
+        "std": float(std.mean()),
+        "std_by_dimension": dict(zip(("min", "median", "max"), ends, strict=True)),
+        "dead_dimensions": int((std < DEAD).sum()),
+        "rankme": rankme(features),
+        "uniformity": uniformity(features),
+    }
+
+
+@torch.no_grad()
+def dimension_std(features: Tensor) -> Tensor:
+    """Return the std of each dimension of the L2-normalised features [N, d], times sqrt(d): float64 [d].
+
+    1 for features spread evenly over the sphere, 0 for a dimension that never changes.
+    """
+    return F.normalize(features.double(), dim=1).std(dim=0).cpu() * features.shape[1] ** 0.5
 
 
 @torch.no_grad()
@@ -16,7 +48,7 @@ def normalised_std(features: Tensor) -> float:
     1 for features spread evenly over the sphere, 0 for one point (SimSiam, Chen and He, CVPR 2021, section
     4.1).
     """
-    return float(F.normalize(features.double(), dim=1).std(dim=0).mean() * features.shape[1] ** 0.5)
+    return float(dimension_std(features).mean())
 
 
 @torch.no_grad()

@@ -102,6 +102,17 @@ def scores(predictions: Tensor, labels: Tensor, classes: int, groups: Groups) ->
     }
 
 
+def mean_of(draws: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the mean of several results of `scores` for the same test images, number by number."""
+    first = draws[0]
+    if len(draws) == 1:
+        return dict(first)
+    mean = {key: _mean([draw[key] for draw in draws]) for key in ("accuracy", "class_mean", "std")}
+    per_class = [_mean(list(values)) for values in zip(*(draw["per_class"] for draw in draws), strict=True)]
+    groups = {name: _mean([draw["groups"][name] for draw in draws]) for name in first["groups"]}
+    return {**mean, "per_class": per_class, "groups": groups}
+
+
 def _mean(values: list[float | None]) -> float | None:
     known = [v for v in values if v is not None]
     return sum(known) / len(known) if known else None

@@ -11,6 +11,8 @@ Memory is bounded by the chunk sizes: one block of similarities is `query_chunk 
 by default), beside the features and the `[queries, k]` result.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -58,10 +60,7 @@ def neighbours(
     products run where `queries` lie; the bank may stay in main memory, it is moved block by block. Rows of
     equal similarity come in the order of torch.topk.
     """
-    if not 1 <= k <= len(bank):
-        raise UserError(
-            f"k = {k} neighbours of a bank of {len(bank)} images: choose k between 1 and {len(bank)}."
-        )
+    check_k(k, len(bank))
     found = [
         _neighbours(bank, F.normalize(q.float(), dim=1), k, bank_chunk) for q in queries.split(query_chunk)
     ]
@@ -80,6 +79,16 @@ def _neighbours(bank: Tensor, q: Tensor, k: int, bank_chunk: int) -> tuple[Tenso
         similarity, keep = similarity.topk(min(k, similarity.shape[1]), dim=1)
         row = row.gather(1, keep)
     return similarity.cpu(), row.cpu()
+
+
+def merge(parts: Sequence[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
+    """Return similarity and row [Q, k] of the k nearest of a bank, from those of its parts, nearest first.
+
+    parts: similarity and row of the *whole* bank, [Q, k'] each, where k' is k or all that the part has.
+    """
+    similarity, row = (torch.cat(columns, 1) for columns in zip(*parts, strict=True))
+    similarity, keep = similarity.topk(k, dim=1)
+    return similarity, row.gather(1, keep)
 
 
 def majority_vote(labels: Tensor, classes: int, seed: int = 0) -> Tensor:
@@ -110,6 +119,12 @@ def _vote(weights: Tensor, labels: Tensor, classes: int, seed: int, chunk: int =
         tied = scores == scores.max(dim=1, keepdim=True).values
         winners.append(y.gather(1, (tied * (1 + c)).argmax(dim=1, keepdim=True)).squeeze(1))
     return torch.cat(winners)
+
+
+def check_k(k: int, images: int) -> None:
+    """Raise UserError unless a bank of so many images has k neighbours."""
+    if not 1 <= k <= images:
+        raise UserError(f"k = {k} neighbours of a bank of {images} images: choose k between 1 and {images}.")
 
 
 def check_labels(labels: Tensor, images: int, classes: int, name: str) -> None:

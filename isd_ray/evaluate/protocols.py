@@ -2,7 +2,8 @@
 them.
 
 `evaluate_features` scores one set of features; `evaluate_encoders` scores a student, a teacher, an untrained
-backbone and raw pixels side by side, because an accuracy means little without its floor.
+backbone and raw pixels side by side, because an accuracy means little without its floor. What a protocol does stands in
+`measures.py`, what it is called and needs in `names.py`.
 """
 
 import time
@@ -13,32 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from isd_ray.errors import UserError
-from isd_ray.evaluate.collapse import normalised_std, rankme, uniformity
+from isd_ray.evaluate.collapse import describe_spread
 from isd_ray.evaluate.features import Images, View, extract, pixels
-from isd_ray.evaluate.groups import class_groups, scores
-from isd_ray.evaluate.knn import check_labels, majority_vote, neighbours, weighted_vote
+from isd_ray.evaluate.groups import Groups, class_groups, mean_of, scores
+from isd_ray.evaluate.knn import check_labels
 from isd_ray.evaluate.linear import ISD_RECIPE, LinearRecipe
-from isd_ray.evaluate.linear import linear as train_linear
+from isd_ray.evaluate.measures import MEASURES, NEEDS_WHOLE_BANK, Answer, Labelled, Search, TransferFeatures
+from isd_ray.evaluate.names import DEFAULT, Name, impossible, parse
 
-SECTIONS = ("metrics", "class_mean", "groups", "std", "per_class")
-
-PROTOCOL: dict[str, dict[str, Any]] = {
-    "knn1": {"name": "isd_knn", "version": 1, "k": 1, "vote": "majority, ties at random"},
-    "knn20": {"name": "isd_knn", "version": 1, "k": 20, "vote": "majority, ties at random"},
-    "knn200_weighted": {
-        "name": "npid_knn",
-        "version": 1,
-        "k": 200,
-        "vote": "weighted by exp(similarity / temperature)",
-        "temperature": 0.07,
-    },
-}
-for _metric in PROTOCOL.values():
-    _metric |= {"normalisation": "l2", "similarity": "cosine"}
+SECTIONS = ("metrics", "class_mean", "groups", "std", "per_class", "details")
+KNN = DEFAULT[:3]  # what needs no training
 
 
 def evaluate_features(
-    bank: Tensor,
+    bank: Tensor | None,
     bank_labels: Tensor,
     test: Tensor,
     test_labels: Tensor,
@@ -46,24 +35,31 @@ def evaluate_features(
     classes: int,
     train_counts: Sequence[int] | Tensor,
     groups: str | Mapping[str, int] = "thirds",
-    knn_metrics: Sequence[str] = tuple(PROTOCOL),
-    linear: bool = True,
+    protocols: Sequence[str] = DEFAULT,
+    transfer: Mapping[str, TransferFeatures] | None = None,
+    search: Search | None = None,
     linear_recipe: LinearRecipe = ISD_RECIPE,
     bank_name: str = "unnamed",
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> dict[str, Any]:
-    """Score features `test` [Q, d] against the labelled `bank` [N, d], which also trains the linear
-    classifier.
+    """Score features `test` [Q, d] against the labelled `bank` [N, d], which also trains the classifiers.
 
     train_counts [C]: images a class in the *pretraining* subset, from which the groups follow (see
-    `class_groups`); groups: their rule, or thresholds {"many": 100, "few": 20}. Returns, in percent: `metrics`
-    {metric: accuracy}, `class_mean` {metric: %}, `groups` {metric: {group: %}}, `std` {metric: %}, `per_class`
-    {metric: [C]}, and `protocol`. A metric whose k exceeds the bank is None everywhere and its protocol says so
-    under `left_out`: a 200-NN over fewer images is another metric, so k is never changed silently. Raises
-    UserError for labels out of range, and for features that are not finite (a diverged model).
+    `class_groups`); groups: their rule, or thresholds {"many": 100, "few": 20}; protocols: see `names.py`. transfer:
+    features of the sets that `transfer/SET` names. bank None: it does not fit into memory; `search` then finds the
+    neighbours, and what needs the whole bank is left out.
+
+    Returns, in percent: `metrics` {metric: accuracy}, `class_mean` {metric: %}, `groups` {metric: {group: %}}, `std`
+    {metric: %}, `per_class` {metric: [C]}, and `details` {metric: {...}} and `protocol`. A metric that cannot be had,
+    as a k beyond the bank, is None everywhere and its protocol says so under `left_out`: a 200-NN over fewer images is
+    another metric, so k is never changed silently. nmi and ari have `metrics` alone.
+    Raises UserError for unknown protocols, for labels out of range, and for features that are not finite (a diverged
+    model).
     """
-    _check(bank, bank_labels, classes, "bank")
+    names = {name: parse(name) for name in protocols}
+    if bank is not None:
+        _check(bank, bank_labels, classes, "bank")
     _check(test, test_labels, classes, "test set")
     if len(train_counts) != classes:
         raise UserError(
@@ -71,27 +67,74 @@ def evaluate_features(
         )
     rule: dict[str, Any] = {"by": groups} if isinstance(groups, str) else {"by": "thresholds", **groups}
     members = class_groups(train_counts, **rule)
-    predictions, protocol = _predict_knn(bank, bank_labels, test, knn_metrics, classes, seed, device)
-    if linear:
-        predictions["linear"], protocol["linear"] = train_linear(
-            [bank.to(device)],
-            bank_labels,
-            test.to(device),
-            classes=classes,
-            recipe=linear_recipe,
-            seed=seed,
-        )
-    protocol["bank"] = _describe_bank(bank_name, bank_labels, classes)
-    protocol["test"] = {"images": len(test_labels)}
-    protocol["groups"] = {**rule, "classes": members, "train_counts": [int(n) for n in train_counts]}
-    scored = {
-        m: p if p is None else scores(p, test_labels.cpu(), classes, members) for m, p in predictions.items()
+    left_out = _left_out(names, bank is None, bank_labels, test_labels, classes, transfer or {})
+    data = Labelled(
+        _placed(bank, device), bank_labels, test, test_labels, classes, seed, device,
+        k=max((n.number for metric, n in names.items() if n.family.startswith("knn") and metric not in left_out),
+              default=1),
+        search=search, transfer=transfer or {}, linear_recipe=linear_recipe,
+    )  # fmt: skip
+    result: dict[str, Any] = {section: {} for section in (*SECTIONS, "protocol")}
+    for metric, name in names.items():
+        if metric in left_out:
+            protocol = {"name": metric, "left_out": left_out[metric]}
+            scored: dict[str, Any] = dict.fromkeys(SECTIONS)
+        else:
+            answer = MEASURES[name.family](data, name)
+            protocol, scored = answer.protocol, _scored(answer, data, members)
+        result["protocol"][metric] = protocol
+        for section in SECTIONS:
+            result[section][metric] = scored[section]
+    result["protocol"]["bank"] = _describe_bank(bank_name, bank_labels, classes)
+    result["protocol"]["test"] = {"images": len(test_labels)}
+    result["protocol"]["groups"] = {
+        **rule,
+        "classes": members,
+        "train_counts": [int(n) for n in train_counts],
     }
-    keys = {"metrics": "accuracy"}
-    result: dict[str, Any] = {
-        section: {m: s and s[keys.get(section, section)] for m, s in scored.items()} for section in SECTIONS
-    }
-    return result | {"protocol": protocol}
+    return result
+
+
+def _left_out(
+    names: Mapping[str, Name], no_bank: bool, bank_labels: Tensor, test_labels: Tensor, classes: int,
+    transfer: Mapping[str, TransferFeatures],
+) -> dict[str, str]:  # fmt: skip
+    """Say of each metric that cannot be had, why."""
+    counts = [torch.bincount(y.cpu(), minlength=classes).tolist() for y in (bank_labels, test_labels)]
+    reasons = {}
+    for metric, name in names.items():
+        reason = impossible(name, *counts)
+        if reason is None and no_bank and name.family in NEEDS_WHOLE_BANK:
+            reason = "the bank does not fit into this machine's memory"
+        if reason is None and name.family == "transfer" and name.target not in transfer:
+            reason = "there are no features of this set"
+        if reason is not None:
+            reasons[metric] = reason
+    return reasons
+
+
+def _scored(answer: Answer, data: Labelled, groups: Groups) -> dict[str, Any]:
+    """The sections of one metric; of several draws the means."""
+    if answer.value is not None:
+        return dict.fromkeys(SECTIONS) | {"metrics": answer.value, "details": answer.details}
+    own = answer.labels is not None
+    wanted = (answer.labels if own else data.test_labels).cpu()  # type: ignore[union-attr]
+    classes, groups = (answer.classes, {}) if own else (data.classes, groups)
+    draws = [scores(found, wanted, classes, groups) for found in answer.predictions]
+    one = mean_of(draws)
+    one["metrics"] = one["class_mean" if answer.by_class_mean else "accuracy"]
+    one["details"] = dict(answer.details)
+    if len(draws) > 1:
+        one["details"]["accuracy_of_draws"] = [draw["accuracy"] for draw in draws]
+    return one
+
+
+def _placed(bank: Tensor | None, device: str | torch.device) -> Tensor | None:
+    """The bank on the device where it takes at most half of what is free there, else in main memory."""
+    if bank is None or torch.device(device).type != "cuda":
+        return bank
+    free, _ = torch.cuda.mem_get_info(device)
+    return bank.to(device) if bank.numel() * bank.element_size() <= free // 2 else bank
 
 
 def evaluate_encoders(
@@ -116,9 +159,8 @@ def evaluate_encoders(
     Images are uint8 [N, C, H, W], or a list or loader of such batches (it is read once an encoder). `view`
     makes the centre view; `pixel_size` scales images for the pixel features. `progress` is called with the
     name of what comes next; `options` go to
-    `evaluate_features` (`train_counts` is needed). The encoders must lie on `device`. Returns
-    the sections of `evaluate_features`, each below the encoder's name (`metrics.student.knn20`), `collapse`
-    {name: {dim, std, rankme, uniformity}} of the test features, `protocol`, and `seconds` {name: s}.
+    `evaluate_features` (`train_counts` is needed). The encoders must lie on `device`. Returns what `side_by_side`
+    does.
     """
     for images in (bank_images, test_images):
         if not isinstance(images, Tensor) and iter(images) is images:
@@ -131,62 +173,43 @@ def evaluate_encoders(
             return pixels(images, pixel_size)
         return extract(encoders[name], images, view, batch_size=batch_size, device=device)
 
+    names = [*encoders, *(["pixels"] if with_pixels else [])]
+
+    def evaluate(name: str) -> tuple[dict[str, Any], Tensor]:
+        bank, test = features(name, bank_images), features(name, test_images)
+        return evaluate_features(
+            bank, bank_labels, test, test_labels, classes=classes, device=device, **options
+        ), test
+
+    return side_by_side(names, evaluate, progress)
+
+
+def side_by_side(
+    names: Sequence[str],
+    evaluate: Callable[[str], tuple[dict[str, Any], Tensor]],
+    progress: Callable[[str], None] = lambda name: None,
+) -> dict[str, Any]:
+    """Evaluate each of `names` in turn; `evaluate` returns what `evaluate_features` does, and the test features [Q, d].
+
+    Returns the sections of `evaluate_features`, each below the network's name (`metrics.student.knn20`), `collapse`
+    {name: measures of the test features}, `protocol`, and `seconds` {name: s}.
+    """
     result: dict[str, Any] = {section: {} for section in (*SECTIONS, "collapse", "protocol", "seconds")}
-    for name in [*encoders, *(["pixels"] if with_pixels else [])]:
+    for name in names:
         progress(name)
         start = time.perf_counter()
-        bank, test = features(name, bank_images), features(name, test_images)
         try:
-            one = evaluate_features(
-                bank, bank_labels, test, test_labels, classes=classes, device=device, **options
-            )
+            one, test = evaluate(name)
         except UserError as error:
             raise UserError(f"Evaluation of {name}: {error}") from None
         for section in SECTIONS:
             result[section][name] = one[section]
         if name != "pixels":
             result["collapse"][name] = describe_spread(test)
-        result["protocol"] = one["protocol"]
+        result["protocol"] = one["protocol"] | result["protocol"]
         result["seconds"][name] = round(time.perf_counter() - start, 3)
     result["protocol"]["features"] = {"mode": "eval", "view": "centre", "pixels": "raw, [0, 1]"}
     return result
-
-
-def describe_spread(features: Tensor) -> dict[str, float]:
-    """Return dimension and label-free measures of collapse of features [N, d]."""
-    return {
-        "dim": features.shape[1],
-        "std": normalised_std(features),
-        "rankme": rankme(features),
-        "uniformity": uniformity(features),
-    }
-
-
-def _predict_knn(
-    bank: Tensor, bank_labels: Tensor, test: Tensor, metrics: Sequence[str], classes: int, seed: int,
-    device: str | torch.device,
-) -> tuple[dict[str, Tensor | None], dict[str, Any]]:  # fmt: skip
-    """Predictions and protocol of each kNN metric; the neighbours are searched once, for the largest k that
-    fits.
-    """
-    protocol = {metric: PROTOCOL[metric] | {"seed": seed} for metric in metrics}
-    fitting = [p["k"] for p in protocol.values() if p["k"] <= len(bank)]
-    predictions: dict[str, Tensor | None] = {}
-    if fitting:
-        similarity, row = neighbours(bank, test.to(device), max(fitting))
-        labels = bank_labels.cpu()[row]
-    for metric, p in protocol.items():
-        k = p["k"]
-        if k > len(bank):
-            predictions[metric] = None
-            p["left_out"] = f"the bank has {len(bank)} images, fewer than k = {k}"
-        elif "temperature" in p:
-            predictions[metric] = weighted_vote(
-                similarity[:, :k], labels[:, :k], classes, p["temperature"], seed
-            )
-        else:
-            predictions[metric] = majority_vote(labels[:, :k], classes, seed)
-    return predictions, protocol
 
 
 def _check(features: Tensor, labels: Tensor, classes: int, name: str) -> None:

@@ -8,9 +8,31 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-TITLES = {"knn1": "1-NN", "knn20": "20-NN", "knn200_weighted": "200-NN\nweighted", "linear": "linear"}
+from isd_ray.evaluate.names import parse
+
 WIDTH = 100
+COLUMNS = 8  # metrics of a table that fit into the width
 MAX_CLASSES = 20  # more do not fit into a line; they stand in result.json
+TITLES = {
+    "knn": "{n}-NN",
+    "knn_weighted": "{n}-NN\nweighted",
+    "linear": "linear",
+    "linear_sdclr": "linear\nSDCLR",
+    "linear_bcl": "linear\nBCL",
+    "fewshot": "{n}-shot",
+    "labels": "{n} %\nlabels",
+    "nmi": "NMI",
+    "ari": "ARI",
+    "transfer": "to\n{target}",
+}
+MAIN = ("knn", "knn_weighted", "linear")  # these stand beside the groups, the others in tables of their own
+Grid = tuple[str, list[str], list[list[str]]]  # title, header (a line break divides a title), rows
+
+
+def title(metric: str) -> str:
+    """Return what a metric is called on a page, e.g. "20-NN"; a line break divides it."""
+    name = parse(metric)
+    return TITLES[name.family].format(n=name.number, target=name.target)
 
 
 def print_table(
@@ -24,36 +46,45 @@ def print_table(
     then the groups of metric `by`, and its accuracy per class for the first encoder. Colour only on a
     terminal.
     """
-    header, rows = _cells(result, by)
-    table = Table(
-        box=box.SIMPLE_HEAD, title="Accuracy on the test set (%)", title_justify="left", pad_edge=False
-    )
-    for i, name in enumerate(header):
-        table.add_column(name, justify="right" if i else "left")
-    for row in rows:
-        table.add_row(*row)
     console = Console(file=out or sys.stdout, width=WIDTH, highlight=False)
-    console.print(table)
+    for name, header, rows in _grids(result, by):
+        table = Table(box=box.SIMPLE_HEAD, title=name, title_justify="left", pad_edge=False)
+        for i, column in enumerate(header):
+            table.add_column(column, justify="right" if i else "left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
     for line in _notes(result, by, class_names):
         console.print(line, markup=False)
 
 
 def markdown(result: dict[str, Any], *, class_names: Sequence[str] | None = None, by: str = "knn20") -> str:
-    """Return the same table and notes as Markdown."""
-    header, rows = _cells(result, by)
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    header = [_one_line(title) for title in header]
-    lines = ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)]
+    """Return the same tables and notes as Markdown."""
+    lines = []
+    for _, header, rows in _grids(result, by):
+        rule = ["---", *["---:"] * (len(header) - 1)]
+        titles = [_one_line(column) for column in header]
+        lines += ["", *("| " + " | ".join(cells) + " |" for cells in (titles, rule, *rows))]
     notes = [line for note in _notes(result, by, class_names) for line in ("", note)]
-    return "\n".join(lines + notes) + "\n"
+    return "\n".join(lines[1:] + notes) + "\n"
 
 
-def _cells(result: dict[str, Any], by: str) -> tuple[list[str], list[list[str]]]:
-    """Titles (a line break divides them) and rows: metrics, then groups of metric `by` and their std."""
+def _grids(result: dict[str, Any], by: str) -> list[Grid]:
+    """The main metrics with the groups of metric `by` and their std, then the others, COLUMNS at a time."""
     metrics = list(next(iter(result["metrics"].values())))
-    groups = list(result["protocol"]["groups"]["classes"]) if by in metrics else []
-    extra = [*groups, "std"] if groups else []
-    header = ["", *[TITLES.get(m, m) for m in metrics], *[f"{TITLES.get(by, by)}\n{name}" for name in extra]]
+    main = [m for m in metrics if parse(m).family in MAIN][:COLUMNS]
+    groups = list(result["protocol"]["groups"]["classes"]) if by in main else []
+    grids = [("Accuracy on the test set (%)", *_cells(result, main, [*groups, "std"] if groups else [], by))]
+    rest = [m for m in metrics if m not in main]
+    for start in range(0, len(rest), COLUMNS):
+        grids.append(("Other protocols (%)", *_cells(result, rest[start : start + COLUMNS], [], by)))
+    return grids if main else grids[1:]
+
+
+def _cells(
+    result: dict[str, Any], metrics: list[str], extra: list[str], by: str
+) -> tuple[list[str], list[list[str]]]:
+    header = ["", *[title(m) for m in metrics], *[f"{title(by)}\n{name}" for name in extra]]
     rows = []
     for name, values in result["metrics"].items():
         by_group = (result["groups"][name].get(by) or {}) | {"std": result["std"][name].get(by)}
@@ -70,7 +101,7 @@ def _notes(result: dict[str, Any], by: str, class_names: Sequence[str] | None) -
     if per_class and len(per_class) <= MAX_CLASSES:
         names = class_names or [str(c) for c in range(len(per_class))]
         each = ", ".join(f"{c} {_percent(v)}" for c, v in zip(names, per_class, strict=True))
-        notes.append(f"{_one_line(TITLES.get(by, by))} per class, {name}: {each}")
+        notes.append(f"{_one_line(title(by))} per class, {name}: {each}")
     sizes = ", ".join(f"{group} {len(members)}" for group, members in protocol["groups"]["classes"].items())
     notes.append(f"Classes by pretraining count: {sizes or 'all equally frequent'}.")
     bank = protocol["bank"]
@@ -78,7 +109,7 @@ def _notes(result: dict[str, Any], by: str, class_names: Sequence[str] | None) -
                  f"{bank['smallest_class']} to {bank['largest_class']} a class.")  # fmt: skip
     for metric, p in protocol.items():
         if "left_out" in p:
-            notes.append(f"{_one_line(TITLES.get(metric, metric))} is left out: {p['left_out']}.")
+            notes.append(f"{_one_line(title(metric))} is left out: {p['left_out']}.")
     return notes
 
 

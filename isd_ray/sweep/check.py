@@ -6,7 +6,8 @@ from typing import Any
 
 from isd_ray.config import Config, flatten, merge, option_names, resolve, validate
 from isd_ray.errors import UserError, nearest
-from isd_ray.evaluate.protocols import PROTOCOL
+from isd_ray.evaluate.protocols import KNN
+from isd_ray.room import share_fault
 from isd_ray.sweep.constraints import Constraint, parse_constraint
 from isd_ray.sweep.space import STATM, Dimension, Space, parse_dimension
 from isd_ray.train.trainer import FREE, FREE_SECTIONS
@@ -56,7 +57,12 @@ def check(space: Space, given: Mapping[str, Any] | None = None) -> Plan:
     if not space.space:
         faults.append("space: nothing is varied; name at least one option")
     constraints = [c for text in space.constraints if (c := _constraint(text, names, faults))]
-    faults += [*_goal_faults(space), *_budget_faults(space), *_memory_faults(space, base)]
+    faults += [
+        *_goal_faults(space),
+        *_budget_faults(space),
+        *([fault] if (fault := share_fault(space.resources.gpus)) else []),
+        *_memory_faults(space, base),
+    ]
     if not faults:
         faults += _config_faults(space, base, dimensions)
     if faults:
@@ -155,7 +161,7 @@ def _constraint(text: str, names: list[str], faults: list[str]) -> Constraint | 
 
 
 def _goal_faults(space: Space) -> Iterator[str]:
-    plain = [f"{network}.{metric}" for network in ("student", "teacher") for metric in PROTOCOL]
+    plain = [f"{network}.{metric}" for network in ("student", "teacher") for metric in KNN]
     known = [*plain, *(f"{name}.{group}" for name in plain for group in GROUPS)]
     for goal in space.goals:
         if goal not in known:
@@ -234,14 +240,15 @@ def _setting_faults(plan: Plan, values: Mapping[str, Any]) -> Iterator[str]:
     if missing:
         yield f"{title}: {', '.join(missing)} has no value"
     elif text := _breaks(plan, values):
-        yield f"{title}: it breaks the constraint '{text}'"
+        yield f"{title}: {text}"
 
 
 def _breaks(plan: Plan, values: Mapping[str, Any]) -> str | None:
     try:
-        return plan.broken(values, None)
+        text = plan.broken(values, None)
     except UserError as error:
         return str(error)
+    return f"it breaks the constraint '{text}'" if text else None
 
 
 def resolved(plan: Plan, values: Mapping[str, Any]) -> Config:

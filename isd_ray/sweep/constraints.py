@@ -12,6 +12,7 @@ COMPARISONS: dict[type, Callable[[Any, Any], bool]] = {
     ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
     ast.Eq: operator.eq, ast.NotEq: operator.ne,
 }  # fmt: skip
+LONGEST = 500  # characters: Python's own reader gives up on some thousand operators
 ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
 }  # fmt: skip
@@ -36,12 +37,14 @@ class Constraint:
             sides = [_value(side, values) for side in (self.tree.left, *self.tree.comparators)]
             pairs = zip(self.tree.ops, sides[:-1], sides[1:], strict=True)
             return all(COMPARISONS[type(op)](left, right) for op, left, right in pairs)
-        except (TypeError, ZeroDivisionError) as error:
+        except (TypeError, ArithmeticError) as error:
             raise UserError(f"constraint '{self.text}': {error}") from None
 
 
 def parse_constraint(text: str) -> Constraint:
     """Read one; raises UserError for anything but comparisons of sums and products of options and numbers."""
+    if len(text) > LONGEST:
+        raise UserError(f"constraint '{text[:40]}...': {len(text):,} characters; {LONGEST:,} are enough")
     try:
         tree = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError):
@@ -79,5 +82,10 @@ def _value(node: ast.expr, values: Mapping[str, Any]) -> Any:
     if isinstance(node, ast.Constant):
         return node.value
     if isinstance(node, ast.BinOp):
-        return ARITHMETIC[type(node.op)](_value(node.left, values), _value(node.right, values))
+        sides = _value(node.left, values), _value(node.right, values)
+        if not all(isinstance(side, int | float) for side in sides):
+            raise TypeError(
+                "only numbers can be added or multiplied"
+            )  # a text times a number is a longer text
+        return ARITHMETIC[type(node.op)](*sides)
     return values[_dotted(node, "")]

@@ -1,5 +1,6 @@
 """The search's memory: every draw, result and decision as a line of JSON that survives a kill at any moment."""
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from isd_ray.errors import UserError
 from isd_ray.train.folder import RunFolder
 
 FILE = "journal.jsonl"
+NUMBER = "line"  # in the first entry of each line
 
 
 class FolderJournal(BaseJournalBackend):
@@ -31,9 +33,10 @@ class FolderJournal(BaseJournalBackend):
         folder.write(FILE, "".join(self.lines).encode())
         self.entries: list[dict[str, Any]] = []
         for number, line in enumerate(self.lines, 1):
-            if not _is_whole(line) or not isinstance(json.loads(line), list):
+            if not _is_whole(line) or not _is_number(number, json.loads(line)):
                 raise UserError(
-                    f"{folder.uri}/{FILE}: line {number} is damaged; cut the file before it, or start anew"
+                    f"{folder.uri}/{FILE}: line {number} is damaged or one before it is missing; put the file back as "
+                    "it was, cut it before this line, or choose another --name"
                 )
             self.entries += json.loads(line)
         self.held: list[dict[str, Any]] | None = None
@@ -61,15 +64,30 @@ class FolderJournal(BaseJournalBackend):
             self._write(held)
 
     def _write(self, logs: list[dict[str, Any]]) -> None:
-        line = json.dumps(logs, separators=(",", ":")) + "\n"
+        numbered = [logs[0] | {NUMBER: len(self.lines) + 1}, *logs[1:]]
+        line = json.dumps(numbered, separators=(",", ":")) + "\n"
+        if self.folder.local:
+            self._append(line)
+        else:
+            self.folder.write(FILE, "".join([*self.lines, line]).encode())
         self.lines.append(line)
-        if not self.folder.local:
-            self.folder.write(FILE, "".join(self.lines).encode())
-            return
-        with open(f"{self.folder.path}/{FILE}", "a") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+
+    def _append(self, line: str) -> None:
+        with open(f"{self.folder.path}/{FILE}", "ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                if file.write(line.encode()) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(before)  # half a line would damage the file for what is added after it
+                raise
+
+
+def _is_number(number: int, entries: Any) -> bool:
+    """Tell whether this is the line of that number; Optuna itself passes over what refers to a line that is gone."""
+    good = isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)
+    return good and bool(entries) and entries[0].get(NUMBER, number) == number
 
 
 def _is_whole(line: str) -> bool:
@@ -80,7 +98,7 @@ def _is_whole(line: str) -> bool:
     return line.endswith("\n")
 
 
-def only_driver(folder: RunFolder) -> IO[str] | None:
+def only_driver(folder: RunFolder, what: str = "sweep") -> IO[str] | None:
     """Hold the folder for this process until it ends, however it ends; None where the folder is not local.
 
     Raises UserError while another process holds it.
@@ -93,9 +111,9 @@ def only_driver(folder: RunFolder) -> IO[str] | None:
     file = open(f"{folder.path}/driver.lock", "a")  # noqa: SIM115 (the lock lasts as long as the file is open)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.close()
         raise UserError(
-            f"{folder.uri}: another process works on this sweep; wait for it, or choose another --name"
+            f"{folder.uri}: another process works on this {what}; wait for it, or choose another --name"
         ) from None
     return file

@@ -1,12 +1,11 @@
 """One page that says what a sweep found; it holds its pictures and needs no network."""
 
-import base64
 import html
-import io
 from collections.abc import Iterator
 
 from matplotlib.figure import Figure
 
+from isd_ray.page import page, picture, png
 from isd_ray.sweep import plots
 from isd_ray.sweep.check import Plan
 from isd_ray.sweep.live import short
@@ -14,20 +13,15 @@ from isd_ray.sweep.results import Outcome, Trial, describe
 from isd_ray.train.folder import RunFolder
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; font-size: 13px } td, th { padding: .2rem .6rem; text-align: right }
-th { border-bottom: 1px solid #888 } tr.winner { background: #fdf0d5 } tr.default td:first-child { font-weight: bold }
-td:first-child, th:first-child, td:last-child, th:last-child { text-align: left } tr.stopped { color: #888 }
-img { max-width: 100% } code, pre { background: #f4f4f4; padding: .1rem .3rem } figcaption { color: #555 }
-figure { margin: 1.5rem 0 }
+tr.winner { background: #fdf0d5 } tr.default td:first-child { font-weight: bold } tr.stopped { color: #888 }
+td:last-child, th:last-child { text-align: left }
 """
 
 
 def write(plan: Plan, folder: RunFolder, name: str, outcome: Outcome) -> None:
     """Write report.html into the sweep's folder."""
-    body = "\n".join([*_head(plan, folder, name, outcome), *_figures(plan, outcome), *_tail(plan, outcome)])
-    page = f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(name)}</title>'
-    folder.write("report.html", f"{page}<style>{STYLE}</style>\n<body>\n{body}\n</body></html>\n".encode())
+    body = [*_head(plan, folder, name, outcome), *_figures(plan, outcome), *_tail(plan, outcome)]
+    folder.write("report.html", page(name, body, STYLE))
 
 
 def _head(plan: Plan, folder: RunFolder, name: str, outcome: Outcome) -> Iterator[str]:
@@ -39,7 +33,8 @@ def _head(plan: Plan, folder: RunFolder, name: str, outcome: Outcome) -> Iterato
     )
     yield f"Default (trial 0): {against}.</p>"
     yield f"<p>{_verdict(outcome)}</p>"
-    yield f"<p>Run it on all training images: <code>python jobs/pretrain.py --config {folder.uri}/best.yaml</code></p>"
+    command = html.escape(f"python jobs/pretrain.py --config {folder.uri}/best.yaml")
+    yield f"<p>Run it on all training images: <code>{command}</code></p>"
     if outcome.front:
         yield f"<p>Pareto front: {', '.join(f'trial {t.number}' for t in outcome.front)}.</p>"
     yield _table(plan, outcome)
@@ -73,7 +68,7 @@ def _table(plan: Plan, outcome: Outcome) -> str:
         _row(plan, outcome, t) for t in sorted(outcome.trials, key=lambda t: -(plots.last_value(t) or -1.0))
     ]
     cells = "".join(f"<th>{html.escape(h)}</th>" for h in head)
-    return f"<table><tr>{cells}</tr>{''.join(rows)}</table>"
+    return f'<div class="scroll"><table><tr>{cells}</tr>{"".join(rows)}</table></div>'
 
 
 def _row(plan: Plan, outcome: Outcome, trial: Trial) -> str:
@@ -112,13 +107,7 @@ def _figures(plan: Plan, outcome: Outcome) -> Iterator[str]:
 
 
 def _picture(title: str, figure: Figure, caption: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return (
-        f'<h2>{title}</h2><figure><img alt="{title}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-    )
+    return picture(title, png(figure), caption)
 
 
 def _tail(plan: Plan, outcome: Outcome) -> Iterator[str]:

@@ -12,7 +12,8 @@ from optuna.trial import FrozenTrial, TrialState
 from isd_ray.config import merge, resolve, to_yaml
 from isd_ray.errors import UserError
 from isd_ray.sweep.check import Plan
-from isd_ray.sweep.search import FAILURE, Search
+from isd_ray.sweep.search import Search
+from isd_ray.train.failure import FAILURE
 from isd_ray.train.folder import RunFolder
 from isd_ray.train.validation import read_rows
 

@@ -8,9 +8,10 @@ import yaml
 from isd_ray import session
 from isd_ray.config import Config, flatten, merge
 from isd_ray.errors import UserError
+from isd_ray.room import local_cpus, room
 from isd_ray.sweep import report, results
 from isd_ray.sweep.check import Plan, check, resolved
-from isd_ray.sweep.journal import only_driver
+from isd_ray.sweep.journal import FILE, only_driver
 from isd_ray.sweep.live import Board, short
 from isd_ray.sweep.search import Search
 from isd_ray.sweep.space import Space
@@ -29,16 +30,28 @@ def sweep(
     given: options of every run by dotted name, which win over the file's. Raises UserError for what cannot work,
     before anything starts.
     """
-    from isd_ray.sweep import tune
-
     plan = check(space, given)
     folder = RunFolder(run_uri(Config(name=name, output=output)))
+    try:
+        outcome = _searched(plan, folder, name)
+    except OSError as error:
+        raise UserError(f"{folder.uri}: {error}; mend that, and the same command goes on") from error
+    print_outcome(plan, folder, outcome)
+    return outcome
+
+
+def _searched(plan: Plan, folder: RunFolder, name: str) -> results.Outcome:
+    """Search and write everything into the folder, which no other process may work on meanwhile."""
+    from isd_ray.sweep import tune
+
     lock = only_driver(folder)
     try:
         check_same(plan, folder)
-        resources = space.resources
-        parts = max(int(plan.base["train"].get("workers", 0)), 1)
-        session.start_ray(plan.base.get("address"), (resources.concurrent or 1) * parts * resources.cpus)
+        resources, workers = plan.space.resources, int(plan.base["train"].get("workers", 0))
+        address = plan.base.get("address")
+        session.start_ray(
+            address, local_cpus("trial", resources.cpus, resources.concurrent, workers, address)
+        )
         config = resolved(plan, plan.default)
         splits = open_splits(config)
         check_sizes(config, splits.train)
@@ -46,11 +59,11 @@ def sweep(
             raise UserError(
                 f"the default breaks the constraint '{text}': there are {splits.train.num_rows:,} images"
             )
-        concurrent, gpus = tune.room(plan)
+        concurrent, gpus = room("trial", resources.cpus, resources.gpus, resources.concurrent, workers)
         folder.write("space.yaml", yaml.safe_dump(written(plan), sort_keys=False).encode())
         say(f"sweep folder: {folder.uri}")
         search = Search(plan, folder, splits.train.num_rows)
-        with Board(space) as board:
+        with Board(plan.space) as board:
             tune.run(plan, search, concurrent, gpus, board)
         outcome = results.collect(search)
         results.write(plan, search, outcome)
@@ -58,7 +71,6 @@ def sweep(
     finally:
         if lock:
             lock.close()
-    print_outcome(plan, folder, outcome)
     return outcome
 
 
@@ -70,8 +82,18 @@ def written(plan: Plan) -> dict[str, Any]:
 def check_same(plan: Plan, folder: RunFolder) -> None:
     """Refuse to continue a sweep with another space; more trials are welcome."""
     if not folder.exists("space.yaml"):
+        if folder.exists(FILE):
+            raise UserError(
+                f"{folder.uri} holds a sweep, but its space.yaml is gone; put it back, or choose another --name"
+            )
         return
-    before, now = (_fixed(v) for v in (yaml.safe_load(folder.read("space.yaml")), written(plan)))
+    try:
+        before = _fixed(yaml.safe_load(folder.read("space.yaml")))
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError):
+        raise UserError(
+            f"{folder.uri}/space.yaml is damaged; put it back, or choose another --name"
+        ) from None
+    now = _fixed(written(plan))
     changed = [
         f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in now | before if before.get(k) != now.get(k)
     ]
@@ -85,7 +107,7 @@ def _fixed(space: Mapping[str, Any]) -> dict[str, Any]:
     config = {k: v for k, v in space["config"].items() if k not in FREE and not k.startswith(FREE_SECTIONS)}
     budget = {k: v for k, v in space["budget"].items() if k != "trials"}
     rest = {k: v for k, v in space.items() if k not in FREE_PARTS}
-    return flatten(rest | {"config": config, "budget": budget}) if space else {}
+    return flatten(rest | {"config": config, "budget": budget})
 
 
 def print_outcome(plan: Plan, folder: RunFolder, outcome: results.Outcome) -> None:

@@ -17,15 +17,15 @@ from optuna.trial import FrozenTrial, TrialState
 
 from isd_ray.errors import UserError
 from isd_ray.sweep.check import Plan
-from isd_ray.sweep.journal import FolderJournal
+from isd_ray.sweep.journal import FILE, FolderJournal
 from isd_ray.sweep.space import Space
+from isd_ray.train.failure import FAILURE
 from isd_ray.train.folder import RunFolder
 from isd_ray.train.validation import Row, read_rows
 
 DRAWS = 200  # draws in a row that may break a constraint or repeat a setting
 LEARNED_DRAWS = 20  # so many of them by the sampler; it may insist on a corner that is forbidden
 DONE = "done"
-FAILURE = "failure.json"
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
@@ -46,13 +46,7 @@ class Search:
         self.plan, self.space, self.folder, self.images = plan, plan.space, folder, images
         self.goals = plan.space.goals
         self.journal = FolderJournal(folder)
-        self.study = optuna.create_study(
-            study_name="sweep",
-            storage=JournalStorage(self.journal),
-            load_if_exists=True,
-            directions=["maximize"] * len(self.goals),
-            pruner=build_pruner(plan.space),
-        )
+        self.study = self._open_study()
         self.live: dict[Job, optuna.Trial | None] = {}
         self._enqueue_known()
 
@@ -77,6 +71,8 @@ class Search:
         The default is never stopped: it is what the others are measured against.
         """
         trial, epoch = self.live[job], row["epoch"]
+        if any(row.get(goal) is None for goal in self.goals):
+            return True  # what is not measured now never will be: `ended` says so
         if trial is None or len(self.goals) > 1 or row["seed"] != job.seeds[0]:
             return False
         known = self._frozen(job.number)
@@ -147,6 +143,25 @@ class Search:
     def write_failure(self, job: Job, reason: str) -> None:
         """Leave the reason in the folder of the run that failed."""
         self.run_folder(job.number, job.seeds[0]).write_json(FAILURE, {"reason": reason})
+
+    def _open_study(self) -> optuna.Study:
+        try:
+            return optuna.create_study(
+                study_name="sweep",
+                storage=JournalStorage(self.journal),
+                load_if_exists=True,
+                directions=["maximize"] * len(self.goals),
+                pruner=build_pruner(self.space),
+            )
+        except UserError:
+            raise
+        except (
+            Exception
+        ) as error:  # Optuna replays the lines and stumbles, in many ways, over one that is missing
+            raise UserError(
+                f"{self.folder.uri}/{FILE}: its lines do not fit together ({type(error).__name__}: {error}); put the "
+                "file back as it was, or choose another --name"
+            ) from error
 
     def _enqueue_known(self) -> None:
         """Put the default and the file's known settings before everything that is drawn."""

@@ -29,9 +29,10 @@ from pydantic import Field, ValidationError
 
 from isd_ray.config import Config, merge, read_yaml, resolve
 from isd_ray.errors import UserError, nearest
-from isd_ray.sections import Section
+from isd_ray.sections import Section, faults_of
 
 RANGES = ("uniform", "loguniform", "loguniform_below_one", "int", "logint")
+LARGEST, MOST_STEPS = 2**53, 10**6  # beyond the first, floats skip whole numbers
 KINDS = (*RANGES, "choice")
 
 STATM = Path("/proc/self/statm")  # what a process takes of main memory; Linux has it
@@ -42,7 +43,9 @@ class Budget(Section):
 
     trials: int = Field(12, ge=1, description="Settings that are tried, the default among them")
     epochs: int = Field(16, ge=1, description="Epochs of a whole trial")
-    seeds: int = Field(1, ge=1, description="Runs of a trial that is not stopped, with seeds 0, 1, ...")
+    seeds: int = Field(
+        1, ge=1, le=1000, description="Runs of a trial that is not stopped, with seeds 0, 1, ..."
+    )
 
 
 class Validation(Section):
@@ -90,7 +93,7 @@ class Confirm(Section):
     """The best trials and the default run again with other seeds before a winner is named."""
 
     best: int = Field(3, ge=0, description="Trials that are run again, the default besides")
-    seeds: int = Field(2, ge=0, description="Further seeds of each")
+    seeds: int = Field(2, ge=0, le=1000, description="Further seeds of each")
 
 
 @dataclass(frozen=True)
@@ -197,9 +200,9 @@ def read_space(path: str | Path) -> Space:
     """Read the file; raises UserError that lists what is no part of a space. `check` knows the rest."""
     content = read_yaml(path)
     try:
-        return Space(**content)
+        return Space(**{str(name): value for name, value in content.items()})
     except ValidationError as error:
-        raise UserError(f"space {path}: " + "; ".join(_fault(dict(e)) for e in error.errors())) from None
+        raise UserError(f"space {path}: " + "; ".join(faults_of(Space, error))) from None
 
 
 def parse_dimension(name: str, text: Any) -> Dimension:
@@ -221,6 +224,8 @@ def parse_dimension(name: str, text: Any) -> Dimension:
     if not isinstance(value, list) or not value:
         raise UserError(f"{name}: {kind}: expected a list, found {value!r}")
     if kind == "choice":
+        if odd := [v for v in value if not _is_plain(v)]:
+            raise UserError(f"{name}: choice: expected numbers, texts or lists of them, found {odd[0]!r}")
         if step is not None or len({_label(v) for v in value}) < len(value):
             raise UserError(f"{name}: choice: expected different values and no step, found {value!r}")
         return Dimension(name, kind, choices=tuple(value), when=active)
@@ -235,6 +240,8 @@ def _check_range(name: str, kind: str, value: list[Any], step: Any) -> None:
         raise UserError(
             f"{name}: {kind}: expected two {'whole ' if number is int else ''}numbers, found {given}"
         )
+    if any(abs(x) > LARGEST or x != x for x in given):
+        raise UserError(f"{name}: {kind}: expected numbers up to {LARGEST:g}, found {given}")
     low, high = value
     if not low < high:
         raise UserError(f"{name}: {kind}: {low} is not below {high}")
@@ -244,20 +251,21 @@ def _check_range(name: str, kind: str, value: list[Any], step: Any) -> None:
         raise UserError(f"{name}: {kind}: the upper bound {high} must be below 1")
     if step is not None and (kind not in ("uniform", "int") or step <= 0):
         raise UserError(f"{name}: {kind}: step {step}: uniform and int take a step above 0")
+    if step is not None and (high - low) / step > MOST_STEPS:
+        raise UserError(
+            f"{name}: {kind}: step {step} makes more than {MOST_STEPS:,} values; use a larger one"
+        )
     if step is not None and abs((high - low) / step - round((high - low) / step)) > 1e-9:
         raise UserError(f"{name}: {kind}: {low} to {high} is no whole number of steps of {step}")
+
+
+def _is_plain(value: Any) -> bool:
+    """Tell whether a value is what JSON can hold: YAML also knows dates and the like."""
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return isinstance(value, str | int | float | bool | None) and value == value
 
 
 def _label(choice: Any) -> Any:
     """Optuna keeps plain values; a list of views goes as its JSON."""
     return choice if isinstance(choice, str | int | float | bool | None) else json.dumps(choice)
-
-
-def _fault(error: dict[str, Any]) -> str:
-    name = ".".join(map(str, error["loc"]))
-    if error["type"] != "extra_forbidden":
-        return f"{name}: {error['msg']}"
-    model: Any = Space
-    for part in error["loc"][:-1]:
-        model = model.model_fields[part].annotation
-    return f"unknown entry '{name}'.{nearest(str(error['loc'][-1]), model.model_fields)}"

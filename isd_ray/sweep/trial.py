@@ -2,20 +2,19 @@
 
 import os
 import threading
-import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from isd_ray.config import Config, merge, resolve
-from isd_ray.data.catalog import Splits
-from isd_ray.errors import UserError
 from isd_ray.sweep.check import Plan
-from isd_ray.sweep.search import FAILURE, Job, trial_uri
+from isd_ray.sweep.search import Job, trial_uri
 from isd_ray.sweep.space import STATM
+from isd_ray.train.cluster import WorkerDied
+from isd_ray.train.failure import FAILURE, leave_failure
 from isd_ray.train.folder import RunFolder, load_checkpoint
-from isd_ray.train.trainer import check_same, check_sizes, export, prepare, summary, train_prepared
+from isd_ray.train.trainer import export, summary, train_prepared
 from isd_ray.train.validation import Row, read_rows
 
 POLL = 0.2  # seconds between two looks at the memory
@@ -25,6 +24,8 @@ def run_job(
     configs: list[Config], memory: float | None, tell: Callable[[Row, RunFolder], bool]
 ) -> str | None:
     """Run a job's runs one after another, from their checkpoints where there are any; returns why it failed, or None.
+
+    Raises WorkerDied where the process of a Ray Train worker ended.
 
     memory: GiB past which this process ends itself. tell: called with each row of validation.jsonl and its seed, also
     those of before an interruption, and with the run's folder; it returns whether the job is to stop there.
@@ -38,8 +39,9 @@ def run_job(
                 if not train_to_the_end(config, folder, tell):
                     return None
             except Exception as error:
-                reason = reason_of(error)
-                folder.write_json(FAILURE, {"reason": reason, "traceback": traceback.format_exc()})
+                reason = leave_failure(folder, error)
+                if isinstance(error, WorkerDied):
+                    raise  # as the death of this process would be: Tune counts it and starts the trial again
                 return reason
             finally:
                 if torch.cuda.is_available():
@@ -70,18 +72,6 @@ def train_to_the_end(config: Config, folder: RunFolder, tell: Callable[[Row, Run
     return not stopped
 
 
-def prepare_run(config: Config, splits: Splits) -> None:
-    """Fill a run's folder, on the driver: the definitions of data sets do not travel to the nodes of a cluster.
-
-    Raises UserError for a setting that cannot work.
-    """
-    folder = RunFolder(f"{config.output}/{config.name}")
-    if folder.exists("config.yaml"):
-        check_same(config, folder)
-    check_sizes(config, splits.train, quiet=True)
-    prepare(config, folder, splits)
-
-
 def run_config(plan: Plan, sweep: str, job: Job, seed: int, gpus: float) -> Config:
     """Return the configuration of one run; `jobs/pretrain.py --config` repeats it.
 
@@ -105,15 +95,6 @@ def known_rows(folder: RunFolder) -> list[Row]:
     rows = read_rows(folder)
     saved = load_checkpoint(folder) if rows else None
     return [row for row in rows if saved and row["step"] <= saved["step"]]
-
-
-def reason_of(error: Exception) -> str:
-    """Say in one line why a run failed."""
-    first = (str(error).strip().splitlines() or [""])[0]
-    if isinstance(error, UserError):
-        return first
-    full = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or "allocate memory" in first
-    return f"out of memory: {first}" if full else f"{type(error).__name__}: {first}"
 
 
 class MemoryLimit:

@@ -6,56 +6,31 @@ What is tried and what is stopped is `Search`'s business; Tune's own state is no
 import functools
 import json
 import logging
-import math
 import os
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import ray
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from isd_ray.config import Config, validate
 from isd_ray.errors import UserError
+from isd_ray.room import DRIVER_CPUS
 from isd_ray.sweep.check import Plan
-from isd_ray.sweep.search import DONE, FAILURE, Job, Search
-from isd_ray.sweep.trial import prepare_run, run_config, run_job
+from isd_ray.sweep.search import DONE, Job, Search
+from isd_ray.sweep.trial import run_config, run_job
+from isd_ray.train.cluster import release_orphans, why_it_died
+from isd_ray.train.failure import FAILURE
 from isd_ray.train.folder import RunFolder
-from isd_ray.train.trainer import open_splits
+from isd_ray.train.trainer import open_splits, prepare_run
 from isd_ray.train.validation import Row
 
-DATA_CPUS = 1  # CPUs that trials leave to the tasks that read images: without any they would wait for ever
+TIDY_SECONDS = 2.0
 STOP = "stop"  # file in the folder of a run that is to end
 Event = Callable[[str, Job, dict[str, Any]], None]  # ("started" | "row" | "ended", job, numbers)
-
-
-def room(plan: Plan) -> tuple[int, float]:
-    """Return (trials at once, GPUs of a trial or of each of its workers).
-
-    Raises UserError where the cluster can never hold one trial, or not as many at once as the file asks for.
-    """
-    resources, workers = plan.space.resources, int(plan.base["train"].get("workers", 0))
-    have = ray.cluster_resources()
-    cpus, all_gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
-    gpus = resources.gpus if resources.gpus is not None else min(all_gpus, 1.0)
-    parts = max(workers, 1)  # of a trial with workers, its driver takes nothing
-    needs: dict[str, tuple[float, float]] = {"CPUs": (parts * resources.cpus, cpus - DATA_CPUS)}
-    if gpus:
-        needs["GPUs"] = (parts * gpus, all_gpus)
-    for unit, (need, free) in needs.items():
-        if need > free:
-            kept = f", {DATA_CPUS} of which is kept for reading images" if unit == "CPUs" else ""
-            raise UserError(
-                f"resources: a trial takes {need:g} {unit} and this cluster has {have.get(unit[:3], 0):g}{kept}; lower "
-                f"resources.{unit.lower()} or train.workers"
-            )
-    fitting = min(math.floor(free / need + 1e-9) for need, free in needs.values())
-    if resources.concurrent is not None and resources.concurrent > fitting:
-        raise UserError(
-            f"resources.concurrent {resources.concurrent}: {fitting} trials fit on this cluster at once; lower it"
-        )
-    return resources.concurrent or fitting, gpus
 
 
 def run(plan: Plan, search: Search, concurrent: int, gpus: float, notify: Event) -> None:
@@ -79,8 +54,8 @@ def run(plan: Plan, search: Search, concurrent: int, gpus: float, notify: Event)
             tune.report({"failure": failure})
 
     # With workers the driver takes next to nothing: they have a placement group of their own, which it could starve.
-    takes = {"cpu": 0.001} if workers else {"cpu": float(resources.cpus), "gpu": gpus}
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it misses the loggers that are turned off
+    takes = {"cpu": DRIVER_CPUS} if workers else {"cpu": float(resources.cpus), "gpu": gpus}
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's failure is told by `notify`
     name = f"tune-{os.getpid()}-{os.urandom(4).hex()}"
     tuner = tune.Tuner(
         tune.with_resources(trial, takes),
@@ -95,6 +70,7 @@ def run(plan: Plan, search: Search, concurrent: int, gpus: float, notify: Event)
             storage_path=f"{uri}/ray",
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=resources.retries),
+            callbacks=[_Tidy()] if workers else [],
         ),
     )
     try:
@@ -107,6 +83,14 @@ def report_row(row: Row, run: RunFolder) -> bool:
     """Report a row from a trial's process, which waits for the search; tell whether the trial is to stop."""
     tune.report({"row": row})
     return run.exists(STOP)
+
+
+def last_error(trial: Any) -> str:
+    """Return what Tune has noted of a trial's last death; it calls its scheduler before the error has its place."""
+    if not trial.error_file or not os.path.exists(trial.error_file):
+        return ""
+    notes = Path(trial.error_file).read_text(errors="replace").split("Failure # ")[-1]
+    return notes.partition("\n")[2]
 
 
 class _Jobs:
@@ -127,6 +111,19 @@ class _Jobs:
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its searcher and scheduler; what is to be kept of ours stands in the journal."""
         return {}
+
+
+class _Tidy(tune.Callback):
+    """Frees what trials with workers leave behind when they die: the next trials would wait for it for ever."""
+
+    def __init__(self) -> None:
+        self.last = 0.0
+
+    def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
+        """Called some ten times a second."""
+        if time.monotonic() - self.last > TIDY_SECONDS:
+            release_orphans()
+            self.last = time.monotonic()
 
 
 class _Suggest(Searcher):
@@ -192,7 +189,5 @@ class _Stop(FIFOScheduler):
         """A process died: find out why before the search is told."""
         job = self.jobs.by_trial[trial.trial_id]
         left = [f for s in job.seeds if (f := self.jobs.search.run_folder(job.number, s)).exists(FAILURE)]
-        error = trial.get_error()
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = left[0].read_json(FAILURE)["reason"] if left else f"its process ended: {lines[0]}"
+        reason = left[0].read_json(FAILURE)["reason"] if left else why_it_died(last_error(trial))
         self.jobs.lost[trial.trial_id] = reason

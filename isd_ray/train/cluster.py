@@ -8,8 +8,11 @@ from typing import Any, TextIO, cast
 
 import ray
 import torch
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer, get_device
+from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_placement_group
 from ray.util.queue import Queue
 
 from isd_ray.config import Config
@@ -18,6 +21,10 @@ from isd_ray.train.folder import RunFolder
 from isd_ray.train.state import Worker
 
 Tell = Callable[[dict[str, Any]], bool]  # a row of validation.jsonl -> stop here?
+
+
+class WorkerDied(Exception):
+    """The process of a worker ended before its work did; says why in one line."""
 
 
 def choose_device(config: Config) -> str:
@@ -58,6 +65,7 @@ def run_workers(
 ) -> None:
     """Run `function` on every Ray Train worker; an error of a worker comes out as the error that it was.
 
+    Raises WorkerDied where a process ended instead.
     tell: called here with what rank 0 tells; where it answers True, all workers stop training there.
     """
     printer = None if config.train.workers == 0 else Printer(tell)
@@ -97,6 +105,8 @@ def run_workers(
         trainer.fit()
     except TrainingFailedError as error:
         raise _cause(error) from None
+    except RayActorError as error:  # Ray Train's controller, which is a process of its own
+        raise WorkerDied(why_it_died(str(error))) from None
     finally:
         if printer:
             printer.close()
@@ -162,9 +172,30 @@ class Printer:
             self.answers.shutdown()
 
 
-def run_on(device: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Run a function where the device is: in this process on CPU, in a task that takes a GPU otherwise."""
-    if device == "cpu":
+def computes_here(config: Config, device: str) -> bool:
+    """Tell whether this process has the device: every one has a CPU, and without workers it trains on its own GPU."""
+    return device == "cpu" or (config.train.workers == 0 and torch.cuda.is_available())
+
+
+def release_orphans() -> None:
+    """Free the CPUs and GPUs of workers whose run died without ending them; other jobs' are left alone.
+
+    Ray Train reserves them in a placement group that lasts as long as this driver. Its own cleaner asks the dashboard
+    whether the run still lives, and a local Ray has none (Ray 2.60).
+    """
+    job = ray.get_runtime_context().get_job_id()
+    for group in ray._private.state.state._connect_and_get_accessor().get_placement_group_table():
+        data = PlacementGroupTableData.FromString(group)
+        if data.creator_job_id.hex() != job or data.state == PlacementGroupTableData.REMOVED:
+            continue
+        by_actor = not ray.ActorID(data.creator_actor_id).is_nil()  # else it is the driver's own, which lives
+        if by_actor and data.creator_actor_dead:
+            remove_placement_group(PlacementGroup(PlacementGroupID(data.placement_group_id)))
+
+
+def run_on(here: bool, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run a function in this process, or else in a task that takes a GPU."""
+    if here:
         return function(*arguments)
     task = ray.remote(num_gpus=1)(function)
     try:
@@ -180,8 +211,22 @@ def _physical_cpus(have: dict[str, float]) -> float:
 
 
 def _cause(error: Exception) -> Exception:
-    """Find what broke: a mistake of the user's on any worker first, else the first worker's error."""
+    """Find what broke: a mistake of the user's on any worker first, then a death, else the first worker's error.
+
+    Where one worker dies, the others fail at the connection to it.
+    """
     failures = list(getattr(error, "worker_failures", {}).values())
     causes = [getattr(failure, "cause", None) or failure for failure in failures]
     mistakes = [cause for cause in causes if isinstance(cause, UserError)]
-    return (mistakes or causes or [error])[0]
+    looked = [getattr(cause, "health_check_failure", None) for cause in causes]
+    deaths = [WorkerDied(why_it_died(str(found))) for found in looked if found is not None]
+    return (mistakes or deaths or causes or [error])[0]
+
+
+def why_it_died(text: str) -> str:
+    """Return the one sentence of Ray's message on a dead process that says why."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no reason was given"]
+    first = lines[-1] if "Traceback" in text else lines[0]  # a traceback ends with the error
+    telling = next((line for line in lines if " because " in line), first)
+    sentence, *_ = telling.split(". ")
+    return f"its process ended: {sentence.rstrip('.')}"

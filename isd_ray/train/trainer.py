@@ -24,7 +24,7 @@ from isd_ray.evaluate.table import print_table
 from isd_ray.methods import find_method
 from isd_ray.train import cluster
 from isd_ray.train.cost import cost
-from isd_ray.train.evaluation import evaluate_run, hold_out
+from isd_ray.train.evaluation import check_evaluation, evaluate_run, hold_out
 from isd_ray.train.folder import RunFolder, checkpoint_names, load_checkpoint
 from isd_ray.train.loop import train
 from isd_ray.train.parts import run_shares, run_stages, sentence
@@ -62,13 +62,24 @@ def pretrain(config: Config, tell: cluster.Tell | None = None) -> dict[str, Any]
     device = cluster.choose_device(config)
     splits = open_splits(config)
     check_sizes(config, splits.train)
+    check_evaluation(config, splits)
     prepare(config, folder, splits)
     say(f"run folder: {folder.uri}")
+    return run_prepared(config, folder, splits, device, tell)
+
+
+def run_prepared(
+    config: Config, folder: RunFolder, splits: Splits, device: str, tell: cluster.Tell | None = None
+) -> dict[str, Any]:
+    """Train and evaluate in a folder that `prepare` has filled; returns what is written to result.json.
+
+    It needs no definition of the data set, so it also works on the nodes of a cluster.
+    """
     seconds = train_prepared(config, folder, device, tell)
     export(config, folder)
     result = summary(config, folder, seconds)
     if config.evaluate.enabled:
-        result |= cluster.run_on(device, evaluate_run, config, folder, splits, device)
+        result |= evaluate_run(config, folder, splits, device)
         result["seconds"] = seconds | result["seconds"]
     folder.write_json("result.json", result)
     return result
@@ -167,6 +178,18 @@ def check_sizes(config: Config, table: pa.Table, quiet: bool = False) -> None:
         )
 
 
+def prepare_run(config: Config, splits: Splits) -> None:
+    """Fill a run's folder, on the driver: the definitions of data sets do not travel to the nodes of a cluster.
+
+    Raises UserError for a setting that cannot work.
+    """
+    folder = RunFolder(f"{config.output}/{config.name}")
+    if folder.exists("config.yaml"):
+        check_same(config, folder)
+    check_sizes(config, splits.train, quiet=True)
+    prepare(config, folder, splits)
+
+
 def prepare(config: Config, folder: RunFolder, splits: Splits) -> None:
     """Write what the run is made of: its options and its rows. A continued run keeps the rows it began with."""
     tables = {"selection.parquet": splits.train}
@@ -233,8 +256,9 @@ def evaluate(
     session.start_ray(config.address, 0)
     device = cluster.choose_device(config)
     splits = open_splits(config)
+    check_evaluation(config, splits)
     result = summary(config, folder, {})
-    result |= cluster.run_on(device, evaluate_run, config, folder, splits, device, checkpoint)
+    result |= evaluate_run(config, folder, splits, device, checkpoint)
     name = checkpoint or checkpoint_names(folder)[-1]
     folder.write_json(f"evaluation-{name.removesuffix('.pt')}.json", result)
     return result

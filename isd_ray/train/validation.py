@@ -19,7 +19,7 @@ from isd_ray.data.augment import center_view
 from isd_ray.data.catalog import Splits
 from isd_ray.data.index import class_counts, classes
 from isd_ray.errors import UserError
-from isd_ray.evaluate.protocols import evaluate_encoders
+from isd_ray.evaluate.protocols import KNN, evaluate_encoders
 from isd_ray.train.evaluation import bank_name, choose_bank, grouping, load_labelled
 from isd_ray.train.folder import RunFolder
 from isd_ray.train.state import State, Worker
@@ -127,7 +127,7 @@ class Watch:
             with_pixels=False,
             batch_size=self.config.evaluate.batch_size,
             device=self.worker.device,
-            linear=False,
+            protocols=KNN,
             seed=self.config.train.seed,
         )
 

@@ -7,13 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import ray
 import yaml
-from tiny_run import options_of_tiny_run
+from tiny_run import GOAL, tiny_space
 
 import isd_ray
 from isd_ray.config import parse, resolve
@@ -26,27 +25,6 @@ from isd_ray.train.trainer import pretrain
 from isd_ray.train.validation import read_rows
 
 ROOT = Path(__file__).parents[2]
-OWN = ("name", "output", "train.epochs", "train.threads", "evaluate.enabled")
-GOAL = "student.knn20"
-
-
-def tiny_space(shards: Path, **change: Any) -> dict[str, Any]:
-    """A space of seconds a trial, on the tiny set."""
-    config = {k: v for k, v in options_of_tiny_run(shards, Path("unused")).items() if k not in OWN}
-    return {
-        "config": config,
-        "space": {
-            "method.temperature": {"loguniform": [0.02, 0.5]},
-            "train.lr": {"loguniform": [0.005, 0.5]},
-        },
-        "goals": [GOAL],
-        "validation": {"per_class": 10, "every": 1},
-        "budget": {"trials": 5, "epochs": 4},
-        "scheduler": {"name": "asha", "grace": 1, "factor": 2},
-        "sampler": {"startup": 3},
-        "confirm": {"best": 1, "seeds": 1},
-        "resources": {"cpus": 1, "concurrent": 1},
-    } | change
 
 
 def known(uri: str) -> list[tuple]:
@@ -171,15 +149,23 @@ def test_a_trial_on_workers_is_judged_and_stopped_too(ray_session, tiny_shards, 
 
 
 def test_more_than_there_is_is_said_at_the_start(ray_session, tiny_shards, tmp_path):
-    for resources, words in (
-        ({"cpus": 64}, "a trial takes 64 CPUs and this cluster has 4, 1 of which is kept for reading images"),
-        ({"concurrent": 9}, "resources.concurrent 9: 3 trials fit"),
-        ({"gpus": 0.5}, "a trial takes 0.5 GPUs and this cluster has 0"),
+    for resources, workers, words in (
+        (
+            {"cpus": 64},
+            0,
+            "a trial takes 64 CPUs and this cluster has 4, 1 of which is kept for reading images",
+        ),
+        ({"concurrent": 9}, 0, "resources.concurrent 9: 3 trials fit"),
+        ({"gpus": 0.5}, 0, "a trial takes 0.5 GPUs and this cluster has 0"),
+        ({"cpus": 1}, 8, "a trial takes 8.001 CPUs and this cluster has 4"),
+        ({"cpus": 2, "concurrent": 2}, 1, "resources.concurrent 2: 1 trials fit"),
     ):
         if "gpus" in resources and ray.cluster_resources().get("GPU"):
             continue
+        content = tiny_space(tiny_shards, resources=resources)
+        content["config"]["train.workers"] = workers
         with pytest.raises(UserError) as error:
-            sweep(Space(**tiny_space(tiny_shards, resources=resources)), "no", str(tmp_path))
+            sweep(Space(**content), "no", str(tmp_path))
         assert words in str(error.value)
         assert "\n" not in str(error.value)
         assert not (tmp_path / "no" / "journal.jsonl").exists(), "something was started"

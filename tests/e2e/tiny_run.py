@@ -1,9 +1,11 @@
-"""Options of a run on the tiny set that takes seconds."""
+"""Options of a run on the tiny set that takes seconds, and a sweep of such runs."""
 
 from pathlib import Path
 from typing import Any
 
 SIDE = 16  # pixels
+GOAL = "student.knn20"
+OWN = ("name", "output", "train.epochs", "train.threads", "evaluate.enabled")  # a sweep sets them itself
 
 
 def options_of_tiny_run(shards: Path, folder: Path) -> dict[str, Any]:
@@ -26,3 +28,22 @@ def options_of_tiny_run(shards: Path, folder: Path) -> dict[str, Any]:
         "train.checkpoint_seconds": 0.0,
         "evaluate.enabled": False,
     }
+
+
+def tiny_space(shards: Path, **change: Any) -> dict[str, Any]:
+    """A space of seconds a trial, on the tiny set."""
+    config = {k: v for k, v in options_of_tiny_run(shards, Path("unused")).items() if k not in OWN}
+    return {
+        "config": config,
+        "space": {
+            "method.temperature": {"loguniform": [0.02, 0.5]},
+            "train.lr": {"loguniform": [0.005, 0.5]},
+        },
+        "goals": [GOAL],
+        "validation": {"per_class": 10, "every": 1},
+        "budget": {"trials": 5, "epochs": 4},
+        "scheduler": {"name": "asha", "grace": 1, "factor": 2},
+        "sampler": {"startup": 3},
+        "confirm": {"best": 1, "seeds": 1},
+        "resources": {"cpus": 1, "concurrent": 1},
+    } | change

@@ -14,7 +14,7 @@ from isd_ray.queue.distributed import DistributedQueue
 from isd_ray.train.state import method_options
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "jobs/recipes").glob("*.yaml"))
+RECIPES = sorted(p for p in (ROOT / "jobs/recipes").glob("*.yaml") if not p.name.startswith("study_"))
 DATASETS = sorted(path.stem for path in (ROOT / "datasets").glob("*.yaml"))
 
 

@@ -1,6 +1,7 @@
 """kNN votes against known answers, scikit-learn and a plain loop."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch.nn import functional as F
 
 from isd_ray.errors import UserError
-from isd_ray.evaluate.knn import knn, majority_vote, neighbours, weighted_vote
+from isd_ray.evaluate.knn import knn, majority_vote, merge, neighbours, weighted_vote
 
 
 def blobs(n: int, d: int, classes: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,6 +61,21 @@ def test_chunks_change_nothing(
     similarity, row = neighbours(bank, queries, k, query_chunk=query_chunk, bank_chunk=bank_chunk)
     assert torch.equal(row, expected.indices[:, :k])
     torch.testing.assert_close(similarity.double(), expected.values[:, :k], atol=1e-6, rtol=0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(cuts=st.sets(st.integers(1, 39), max_size=5), k=st.integers(1, 40))
+def test_the_nearest_of_parts_merge_to_the_nearest_of_the_whole(cuts: set[int], k: int) -> None:
+    bank, _ = blobs(40, 6, 3, 5)
+    queries, _ = blobs(7, 6, 3, 6)
+    edges, parts = [0, *sorted(cuts), 40], []
+    for start, stop in pairwise(edges):
+        similarity, row = neighbours(bank[start:stop], queries, min(k, stop - start))
+        parts.append((similarity, row + start))
+    similarity, row = merge(parts, k)
+    whole = neighbours(bank, queries, k)
+    torch.testing.assert_close(similarity, whole[0], atol=1e-6, rtol=0)
+    assert torch.equal(row, whole[1])
 
 
 def test_ties_fall_to_each_tied_class_equally_often_and_repeat_with_the_seed() -> None:

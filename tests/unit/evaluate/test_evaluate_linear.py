@@ -24,7 +24,7 @@ def plain_head(copies, y, test, classes, epochs, batch_size, milestones, seed):
     mean = unit[0].sum(0) / len(y)
     variance = (unit[0] - mean).square().sum(0) / (len(y) - 1)
     x_all = [(u - mean) / (variance + 1e-5).sqrt() for u in unit]
-    w, b = (p.detach().double() for p in initial_head(copies[0], classes, seed))
+    w, b = (p.double() for p in initial_head(copies[0].shape[1], classes, seed))
     vw, vb = torch.zeros_like(w), torch.zeros_like(b)
     for epoch in range(epochs):
         lr = 0.01 * 0.1 ** sum(epoch >= m for m in milestones)

@@ -257,7 +257,7 @@ def test_what_is_found_is_written(whole, tmp_path):
 
 
 def test_a_damaged_journal_is_named(tmp_path):
-    (tmp_path / FILE).write_text("[]\nnot JSON\n[]\n")
+    (tmp_path / FILE).write_text('[{"op_code": 0}]\nnot JSON\n[]\n')
     with pytest.raises(UserError, match=r"journal.jsonl: line 2 is damaged"):
         search_in(tmp_path)
 

@@ -1,5 +1,7 @@
 """A space is checked whole before anything starts; what is drawn from it can be turned back and forth."""
 
+import math
+from datetime import date
 from pathlib import Path
 
 import optuna
@@ -100,6 +102,17 @@ def test_all_faults_at_once_each_with_its_remedy():
         ({"space": {"method.momentum": {"loguniform_below_one": [0.9, 1.0]}}}, "must be below 1"),
         ({"space": {"train.optimizer": {"choice": ["sgd", "adam"]}}}, "train.optimizer 'adam'"),
         ({"config": {"method.name": "isdplus"}}, "isd_plus"),
+        ({"space": {"train.lr": {"loguniform": [0.01, math.inf]}}}, "expected numbers up to 9.0072e+15"),
+        ({"space": {"queue.size": {"int": [64, 10**400]}}}, "expected numbers up to 9.0072e+15"),
+        ({"space": {"train.lr": {"uniform": [0.1, 1.0], "step": math.nan}}}, "expected numbers up to"),
+        ({"space": {"train.lr": {"uniform": [0.1, 1.0], "step": 1e-320}}}, "more than 1,000,000 values"),
+        ({"space": {"train.optimizer": {"choice": ["sgd", date(2020, 1, 1)]}}}, "found datetime.date"),
+        ({"constraints": ["'a' * 99999999999 != queue.size"]}, "only numbers can be"),
+        ({"constraints": ["method.name * 99999999999 != queue.size"]}, "only numbers can be"),
+        ({"constraints": [f"1{'0' * 400} / 3.5 > queue.size"]}, "too large"),
+        ({"constraints": [f"1{'+1' * 20000} < queue.size"]}, "40,014 characters"),
+        ({"resources": {"gpus": 1.5}}, "resources.gpus 1.5"),
+        ({"resources": {"gpus": 1e-9}}, "resources.gpus 1e-09"),
     ],
 )
 def test_a_fault_is_named(change, words):
@@ -117,6 +130,22 @@ def test_unknown_entries_of_the_file_are_named(tmp_path):
     assert "'constrain'. Did you mean 'constraints'?" in text
     assert "'budget.trial'. Did you mean 'trials'?" in text
     assert "budget.epochs: Input should be a valid integer" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\xff\xfe\x00", "not YAML"),
+        (b"1: 2\n", "unknown entry '1'"),
+        (b"- a\n", "found list"),
+        (b"", "space: Field"),
+    ],
+)
+def test_a_file_that_is_no_space_is_said(tmp_path, content, words):
+    path = tmp_path / "space.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        read_space(path)
 
 
 @pytest.mark.parametrize(

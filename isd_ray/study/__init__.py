@@ -1,0 +1,1 @@
+"""Studies: methods compared over data sets, imbalances, splits and seeds, and the report of it."""

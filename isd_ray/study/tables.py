@@ -1,0 +1,202 @@
+"""The tables of a study's report."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from isd_ray.evaluate.table import title
+from isd_ray.study.blocks import BEST, Table
+from isd_ray.study.results import ALL, CLASS_MEAN, STD, Outcome, Run
+from isd_ray.study.spec import Setting
+from isd_ray.study.statistics import Paired, holm, paired
+
+NOTHING = "-"
+FLOORS = {"untrained": "untrained backbone", "pixels": "raw pixels"}
+
+
+def metric_title(metric: str) -> str:
+    """Return `student.knn20` as words."""
+    network, name = metric.split(".")
+    return f"{' '.join(title(name).split())} of the {network}"
+
+
+def group_title(group: str) -> str:
+    """Return the name of a group as the papers write it."""
+    return {ALL: "All", CLASS_MEAN: "Class mean", STD: "Std"}.get(group, group.capitalize())
+
+
+def compared_groups(outcome: Outcome, setting: Setting) -> list[str]:
+    """Return all images, then the groups, largest classes first."""
+    return [ALL, *outcome.groups(setting)]
+
+
+def means(outcome: Outcome, setting: Setting, metric: str) -> Table:
+    """Mean and deviation over seeds and splits of every method, with the floors that any method has to beat."""
+    groups = [ALL, *([CLASS_MEAN] if _is_unbalanced_test(outcome, setting, metric) else [])]
+    groups += [*outcome.groups(setting), STD]
+    scores = {name: outcome.of(setting, name) for name in outcome.methods}
+    best = {g: _best(scores, metric, g) for g in groups}
+    rows = []
+    for name, runs in scores.items():
+        cells = [_spread(runs, metric, g) for g in groups]
+        rows.append(
+            [
+                name,
+                *(BEST * (best[g] == name) + c for g, c in zip(groups, cells, strict=True)),
+                str(len(runs)),
+            ]
+        )
+    kind = metric.split(".")[1]
+    for floor, words in FLOORS.items():
+        runs = [run for run in outcome.of(setting) if run.cell.method == outcome.methods[0]]
+        cells = [_spread(runs, f"{floor}.{kind}", g) for g in groups]
+        if any(cell != NOTHING for cell in cells):
+            rows.append([words, *cells, str(len(runs))])
+    header = ["", *(group_title(g) for g in groups), "runs"]
+    note = (
+        "Mean ± standard deviation over runs (n - 1), in %. Bold: the highest mean (of Std the lowest). A group is the "
+        "mean over its classes; Std is the population deviation of the groups of a run, low is balanced."
+    )
+    return Table(
+        f"{metric_title(metric)}: mean ± deviation", header, rows, note, rules=frozenset({len(scores)})
+    )
+
+
+def by_split(outcome: Outcome, setting: Setting, metric: str) -> Table:
+    """The form of table 5 of the ISD paper: methods by splits, with a row of differences, for all groups together."""
+    unit = outcome.units(setting)
+    keys = list(dict.fromkeys(s if unit == "split" else seed for s, seed in outcome.columns(setting)))
+    rows: list[list[str]] = []
+    rules = set()
+    base = outcome.plan.study.baseline
+    for group in compared_groups(outcome, setting):
+        rules.add(len(rows))
+        values = {m: outcome.by_unit(setting, m, metric, group) for m in outcome.methods}
+        for method, found in values.items():
+            rows.append(
+                [group_title(group), method, *(_number(found.get(k)) for k in keys), _mean_of(found.values())]
+            )
+        for method, found in values.items():
+            if method == base:
+                continue
+            both = {k: found[k] - values[base][k] for k in keys if k in found and k in values[base]}
+            cells = [_signed(both.get(k)) for k in keys]
+            rows.append([group_title(group), f"Diff {method} - {base}", *cells, _signed_mean(both.values())])
+    header = ["classes", "method", *(f"{unit} {k}" if isinstance(k, int) else k for k in keys), "mean"]
+    several = len({seed for _, seed in outcome.columns(setting)}) > 1
+    note = "In %." + (" Each entry is the mean over seeds." if unit == "split" and several else "")
+    return Table(f"{metric_title(metric)} by {unit}", header, rows, note, texts=2, rules=frozenset(rules))
+
+
+def tests(outcome: Outcome, setting: Setting, metric: str) -> Table:
+    """Paired tests of every method against the baseline, by group, with what the number of pairs allows."""
+    found = list(tested(outcome, setting, metric))
+    adjusted = holm([test.p_t for _, _, test in found])
+    rows: list[list[str]] = []
+    rules, before = set(), ""
+    for (group, method, test), p in zip(found, adjusted, strict=True):
+        if group != before:
+            rules.add(len(rows))
+            before = group
+        interval = NOTHING if test.low is None else f"{test.low:+.2f} … {test.high:+.2f}"
+        numbers = [_signed(test.mean, 2), interval, _number(test.deviation, 2), _number(test.t, 2)]
+        ps = [_p(test.p_t), _p(p), _p(test.p_sign), _p(test.least)]
+        rows.append([group_title(group), method, str(test.n), *numbers, *ps])
+    header = [
+        "classes", f"method against {outcome.plan.study.baseline}", "n", "mean", "95 % interval", "deviation", "t",
+        "p, t-test", "p, Holm", "p, sign-flip", "least p, sign-flip",
+    ]  # fmt: skip
+    return Table(f"{metric_title(metric)}: paired tests", header, rows, tests_note(outcome, setting), texts=2,
+                 rules=frozenset(rules))  # fmt: skip
+
+
+def tested(outcome: Outcome, setting: Setting, metric: str) -> Iterator[tuple[str, str, Paired]]:
+    """Yield group, method and the test of its differences from the baseline, where both were measured."""
+    for group in compared_groups(outcome, setting):
+        for method in outcome.methods[1:]:
+            differences = outcome.differences(setting, method, metric, group)
+            if differences:
+                yield group, method, paired(differences)
+
+
+def tests_note(outcome: Outcome, setting: Setting) -> str:
+    """Say what a pair is and what p means."""
+    unit = outcome.units(setting)
+    pair = (
+        "A pair is a split (its seeds are averaged: they are not independent)."
+        if unit == "split"
+        else "A pair is a seed."
+    )
+    return (
+        f"{pair} Percentage points. Two-sided: Student's t takes the differences for normal; the exact sign-flip test "
+        "does not, but with n pairs its p cannot be below 2/2^n, the last column. Holm: p of the t-test adjusted for "
+        "all rows here."
+    )
+
+
+def control(outcome: Outcome, setting: Setting, metric: str) -> Table | None:
+    """What the imbalance costs: the balanced control of the same size less the unbalanced set, by method."""
+    twin = Setting(setting.data, setting.imbalance, control=True)
+    if setting.control or twin not in outcome.plan.settings:
+        return None
+    rows = []
+    for method in outcome.methods:
+        for group in compared_groups(outcome, setting):
+            here, there = (outcome.by_unit(s, method, metric, group) for s in (setting, twin))
+            both = [there[k] - here[k] for k in here if k in there]
+            if both:
+                test = paired(both)
+                interval = NOTHING if test.low is None else f"{test.low:+.2f} … {test.high:+.2f}"
+                rows.append([method, group_title(group), _mean_of(here.values()), _mean_of(there.values()),
+                             _signed(test.mean, 2), interval, str(test.n)])  # fmt: skip
+    header = ["method", "classes", "unbalanced", "balanced", "balanced - unbalanced", "95 % interval", "n"]
+    note = "In %. Equally many images in both sets; groups are those of the unbalanced one."
+    every = len(compared_groups(outcome, setting))
+    return Table(f"{metric_title(metric)}: what the imbalance costs", header, rows, note, texts=2,
+                 rules=frozenset(range(0, len(rows), every)))  # fmt: skip
+
+
+def _is_unbalanced_test(outcome: Outcome, setting: Setting, metric: str) -> bool:
+    scores = [run.scores(metric) for run in outcome.of(setting)]
+    return any(abs(s[ALL] - s[CLASS_MEAN]) > 1e-6 for s in scores if ALL in s and CLASS_MEAN in s)
+
+
+def _values(runs: Sequence[Run], metric: str, group: str) -> list[float]:
+    return [score[group] for run in runs if group in (score := run.scores(metric))]
+
+
+def _spread(runs: Sequence[Run], metric: str, group: str) -> str:
+    values = _values(runs, metric, group)
+    if not values:
+        return NOTHING
+    return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+
+
+def _best(scores: dict[str, list[Run]], metric: str, group: str) -> str | None:
+    means = {m: float(np.mean(v)) for m, runs in scores.items() if (v := _values(runs, metric, group))}
+    if len(means) < 2:
+        return None
+    return min(means, key=lambda m: means[m] if group == STD else -means[m])
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return NOTHING if value is None else f"{value:.{digits}f}"
+
+
+def _signed(value: float | None, digits: int = 1) -> str:
+    return NOTHING if value is None else f"{value:+.{digits}f}"
+
+
+def _mean_of(values: Any) -> str:
+    known = list(values)
+    return f"{np.mean(known):.2f}" if known else NOTHING
+
+
+def _signed_mean(values: Any) -> str:
+    known = list(values)
+    return f"{np.mean(known):+.2f}" if known else NOTHING
+
+
+def _p(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.4f}" if value >= 0.0001 else "< 0.0001"

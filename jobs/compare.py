@@ -1,0 +1,53 @@
+"""Compare methods: a study file says which, on what data, how unbalanced, with which seeds. One report at the end.
+
+python jobs/compare.py --study jobs/recipes/study_embedded.yaml
+python jobs/compare.py --study jobs/recipes/study_cifar10.yaml --data.shards /data/shards/cifar10
+
+Options of a run (`jobs/pretrain.py --help`) hold for every run. A study that was stopped goes on when the same command
+is given again: finished runs stay as they are, failed ones are tried again.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job's copy of the project is not installed
+
+from isd_ray.config import read_options, read_yaml
+from isd_ray.errors import UserError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options that are the study's own."""
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    options.add_argument("--study", required=True, help="YAML file of the study")
+    options.add_argument("--name", help="name of the study (default: the file's)")
+    options.add_argument(
+        "--output", default="runs", help="folder or URI that holds the study (default: runs)"
+    )
+    options.add_argument("--report-only", action="store_true", help="run nothing, report what is finished")
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    """Run the job; 0: done, 1: some runs failed, 2: a mistake in the study, the options or the data, 130: Ctrl-C."""
+    given, rest = parser().parse_known_args(arguments)
+    try:
+        from isd_ray.study.run import compare
+
+        content, options = read_yaml(given.study), read_options(rest, "jobs/compare.py")
+        name = given.name or Path(given.study).stem
+        outcome = compare(content, name, given.output, options, given.report_only)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+    return 1 if outcome.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
