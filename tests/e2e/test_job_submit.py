@@ -21,44 +21,55 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
+def client_shell(home: Path) -> dict[str, str]:
+    """The environment of a shell with an empty home and a token of its own."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{free_port()}"
+    environment["RAY_worker_niceness"] = "0"
+    subprocess.run([RAY, "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
+    return environment
+
+
+def start_node(environment: dict[str, str], cpus: int, port: int, head: bool = True) -> subprocess.Popen:
+    """Start the head, which listens at `port`, or one more node that joins it."""
+    start = [RAY, "start", f"--num-cpus={cpus}", "--object-store-memory=300000000", "--block"]
+    start += [f"--dashboard-agent-listen-port={free_port()}"]  # the suite's own Ray may hold the usual one
+    if head:
+        dashboard = environment["RAY_API_SERVER_ADDRESS"].rsplit(":", 1)[1]
+        start += ["--head", "--node-ip-address=127.0.0.1", f"--port={port}"]
+        start += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    else:
+        start += [f"--address=127.0.0.1:{port}"]
+    return subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def children(pid: int, name: str = "") -> list[int]:
+    """Processes that a process has started, those whose command line holds `name`."""
+    found = subprocess.run(["pgrep", "-P", str(pid), "-f", name], capture_output=True, text=True).stdout
+    return [int(child) for child in found.split()]
+
+
+def kill_node(node: subprocess.Popen) -> None:
+    """End a node at once with what it started; a polite end would take half a minute."""
+    for pid in children(node.pid):
+        os.kill(pid, signal.SIGKILL)
+    node.kill()
+    node.wait()
+
+
 @pytest.fixture
 def cluster(tmp_path):
     """A head node of its own; yields the environment of a client shell."""
-    port = free_port()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment |= {
-        "HOME": str(tmp_path),
-        "RAY_AUTH_MODE": "token",
-        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}",
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
-    start = [
-        RAY,
-        "start",
-        "--head",
-        "--node-ip-address=127.0.0.1",
-        "--dashboard-host=127.0.0.1",
-        "--num-cpus=2",
-    ]
-    start += [
-        f"--dashboard-port={port}",
-        f"--port={free_port()}",
-        f"--dashboard-agent-listen-port={free_port()}",  # the suite's own Ray may hold the usual one
-        "--object-store-memory=300000000",
-        "--block",
-    ]
-    subprocess.run([RAY, "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
-    head = subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment = client_shell(tmp_path)
+    head = start_node(environment, cpus=2, port=free_port())
     yield environment
-    # What the head started ends with it; a polite end would take half a minute.
-    started = subprocess.run(["pgrep", "-P", str(head.pid)], capture_output=True, text=True).stdout.split()
-    for pid in started:
-        os.kill(int(pid), signal.SIGKILL)
-    head.kill()
-    head.wait()
+    kill_node(head)
 
 
-def submit(environment: dict, arguments: list[str]) -> subprocess.CompletedProcess:
+def submit(
+    environment: dict, arguments: list[str], job: str = "jobs/pretrain.py"
+) -> subprocess.CompletedProcess:
     """Submit the job and wait for it; a head that has just started refuses for some seconds."""
     command = [
         RAY,
@@ -68,7 +79,7 @@ def submit(environment: dict, arguments: list[str]) -> subprocess.CompletedProce
         str(ROOT),
         "--",
         sys.executable,
-        "jobs/pretrain.py",
+        job,
         *arguments,
     ]
     deadline = time.monotonic() + 90
