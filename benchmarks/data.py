@@ -37,6 +37,8 @@ from isd_ray.errors import UserError
 REAL_DATA = Path(os.environ.get("ISD_RAY_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 MEMORY, STREAMED, DECODING = "ours, in memory", "ours, streamed", "ours, decoding alone"
 
+PEERS = ("read_webdataset + map_batches", "webdataset + DataLoader", "DataLoader over files")
+
 # name: source, images a shard, copies of the set (so that an epoch lasts seconds), batch, size, views
 SETS: dict[str, tuple[str, int, int, int, int, tuple[str, ...]]] = {
     "cifar10": ("cifar10_train_a.parquet", 1000, 1, 256, 32, ()),
@@ -168,9 +170,9 @@ def decoder_rate(case: Case, images: int = 500) -> float:
     return best
 
 
-def measure(case: Case, turns: int, epochs: int) -> list[dict[str, Any]]:
-    """Let all contestants take turns on one case; one row each, and one of the decoder."""
-    names = contestants(case)
+def measure(case: Case, turns: int, epochs: int, chosen: list[str]) -> list[dict[str, Any]]:
+    """Let the chosen contestants take turns on one case; one row each, and one of the decoder."""
+    names = [name for name in contestants(case) if name in chosen]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     decoder = []
     for _ in range(turns):
@@ -204,13 +206,16 @@ def verdicts(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for case in dict.fromkeys(row["case"] for row in rows):
         rate = {row["contestant"]: row["images_per_second"] for row in rows if row["case"] == case}
+        found[case] = {}
+        if DECODING in rate:
+            found[case]["decoding alone / decoder x cores"] = rate[DECODING] / rate["decoder alone x cores"]
+        if not rate.keys() >= {STREAMED, *PEERS}:
+            continue
         loader = max(rate["webdataset + DataLoader"], rate["DataLoader over files"])
-        found[case] = {
+        found[case] |= {
             "ours / read_webdataset": rate[STREAMED] / rate["read_webdataset + map_batches"],
             "ours / best DataLoader": rate[STREAMED] / loader,
         }
-        if DECODING in rate:
-            found[case]["decoding alone / decoder x cores"] = rate[DECODING] / rate["decoder alone x cores"]
         used = {
             row["contestant"]: row["cpu_ms_per_image"]
             for row in rows
@@ -250,6 +255,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", nargs="+", choices=list(SETS), default=list(SETS))
+    parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
     parser.add_argument("--turns", type=int, help="turns of every contestant (2; quick: 1)")
     parser.add_argument("--epochs", type=int, default=2, help="epochs a turn; all but the first count")
     parser.add_argument("--quick", action="store_true", help="fewer images, one turn")
@@ -261,7 +267,7 @@ def main() -> None:
     for name in given.cases:
         with tempfile.TemporaryDirectory() as folder:
             case = prepare(name, Path(folder), given.quick)
-            rows += measure(case, given.turns or (1 if given.quick else 2), given.epochs)
+            rows += measure(case, given.turns or (1 if given.quick else 2), given.epochs, given.contestants)
             write(Path(given.json), rows, given.quick)
     print_tables(rows, verdicts(rows))
 

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # works where the package is not installed
 
 from isd_ray.data import files, index
+from isd_ray.data.packed import SLOW
 from isd_ray.data.shards import index_only, make_shards
 from isd_ray.data.verify import verify_shards
 from isd_ray.errors import UserError
@@ -51,6 +52,8 @@ def main() -> None:
     if uri:
         classes = files.read_bytes(names).decode().splitlines() if names else None
         table = index_only(uri, classes, options["workers"], options["max_bad"])
+        if packed := index.packed_shards(table):
+            print(f"note: {packed} shards are compressed; {SLOW}")
     elif options["out"]:
         table = make_shards(source, quiet=False, **options)
     else:

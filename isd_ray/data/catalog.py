@@ -19,7 +19,7 @@ from isd_ray.data import index
 from isd_ray.data.files import DATASETS, AbsentError, absolute, exists, join
 from isd_ray.data.imbalance import subset
 from isd_ray.data.shards import make_shards
-from isd_ray.errors import UserError, nearest
+from isd_ray.errors import UserError, nearest, printable
 
 SPLITS = ("train", "test", "bank")
 
@@ -148,7 +148,7 @@ def open_dataset(
     if name == "shards" and shards is None:
         shards, root = root, None
     if shards is not None:
-        tables = _from_shards(shards)
+        tables = _from_shards(shards, workers, quiet)
     else:
         tables = _from_source(
             definition,
@@ -168,16 +168,30 @@ def default_cache() -> str:
     return os.environ.get("ISD_RAY_CACHE") or os.path.join(base, "isd_ray")
 
 
-def _from_shards(uri: str) -> dict[str, pa.Table]:
+def _from_shards(uri: str, workers: int | None, quiet: bool) -> dict[str, pa.Table]:
     uri = absolute(uri)
-    found = {s: index.read_index(join(uri, s)) for s in SPLITS if exists(join(uri, s, index.FILE_NAME))}
-    if not found:
-        found["train"] = index.read_index(uri)
+    folders = {split: join(uri, split) for split in SPLITS if is_folder(join(uri, split))} or {"train": uri}
+    found = {split: _index_or_make(folder, workers, quiet) for split, folder in folders.items()}
     if "train" not in found:
         raise UserError(
             f"no index at '{uri}/train': make one with `python jobs/make_shards.py --index-only {uri}/train`"
         )
     return found
+
+
+def _index_or_make(uri: str, workers: int | None, quiet: bool) -> pa.Table:
+    """Read the index of a folder of shards; where there is none, index them, and keep it where that can be written."""
+    if exists(join(uri, index.FILE_NAME)) or not is_folder(uri):
+        return index.read_index(uri)
+    print(f"no index at '{uri}': reading the headers of its shards", flush=True)
+    table, _ = index.index_shards(uri, workers=workers, quiet=quiet)
+    try:
+        index.write_index(table, uri)
+    except (OSError, UserError) as error:
+        print(
+            f"note: the index cannot be kept ({printable(str(error))}); every start makes it anew", flush=True
+        )
+    return table
 
 
 def _from_source(definition: Definition, root: str | None, cache: Path, **how: Any) -> dict[str, pa.Table]:

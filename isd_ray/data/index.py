@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import ray
 
 from isd_ray.data.files import absolute, has_suffix, join, list_files, open_filesystem, parent, write_whole
+from isd_ray.data.packed import UNKNOWN, UNPACKERS, is_packed
 from isd_ray.data.parallel import run_tasks
 from isd_ray.data.scan import SCHEMA, index_shard
 from isd_ray.data.store import retry
@@ -25,13 +26,6 @@ from isd_ray.errors import UserError, printable
 
 FORMAT = 1
 FILE_NAME = "index.parquet"
-COMPRESSED = (
-    ".tar.gz",
-    ".tgz",
-    ".tar.bz2",
-    ".tar.xz",
-    ".tar.zst",
-)  # images in them have no place to be read at
 _IN_PROCESS = 16  # shards; below this, starting Ray takes longer than the work
 
 
@@ -144,7 +138,7 @@ def index_shards(
     workers: int | None = None,
     quiet: bool = True,
 ) -> tuple[pa.Table, list[dict]]:
-    """Index every `*.tar` of the folder `uri` from the headers alone, one task a shard.
+    """Index every tar of the folder `uri` from the headers alone, one task a shard; compressed ones are unpacked for it.
 
     Args:
         classes: names of the classes; by default the numbers "0", "1", ...
@@ -160,26 +154,33 @@ def index_shards(
         UserError: no tar, no good sample, too many bad ones, or a label beyond `classes`.
     """
     uri = absolute(uri)
-    shards = list_files(uri, [".tar"])
-    compressed = _compressed(uri, shards)
+    shards = _tars(uri)
     if not shards:
-        other = f"; '{compressed[0]['shard']}' is a {compressed[0]['reason']}" if compressed else ""
-        raise UserError(f"no .tar file in '{uri}': give the folder that holds the shards{other}")
+        raise UserError(f"no .tar file in '{uri}': give the folder that holds the shards")
     if workers is None and len(shards) <= _IN_PROCESS and not ray.is_initialized():
         workers = 0
     scans = run_tasks(_index_one, [(uri, s) for s in shards], workers=workers, unit="shards", quiet=quiet)
-    bad = [b for _, report in scans for b in report] + compressed
+    bad = [b for _, report in scans for b in report]
     check_bad([len(t) for t, _ in scans], bad, max_bad, uri)
     table = pa.concat_tables([t for t, _ in scans])
     return with_metadata(table, uri, check_classes(table, classes)), bad
 
 
-def _compressed(uri: str, shards: Sequence[str]) -> list[dict]:
-    """Name the compressed tars of a folder that do not lie there unpacked too, as broken shards."""
-    reason = "compressed tar: unpack it, images are read by their place"
-    names = list_files(uri, COMPRESSED)
-    packed = [n for n in names if f"{n.lower().rsplit('.t', 1)[0]}.tar" not in [s.lower() for s in shards]]
-    return [{"shard": name, "key": None, "reason": reason, "rows": 0} for name in packed]
+def _tars(uri: str) -> list[str]:
+    """Return the tars of a folder by name, the compressed ones that do not lie there unpacked too among them."""
+    plain = list_files(uri, [".tar"])
+    unpacked = {name.lower() for name in plain}
+    packed = [
+        name
+        for name in list_files(uri, [*UNPACKERS, *UNKNOWN])
+        if f"{name.lower().rsplit('.t', 1)[0]}.tar" not in unpacked
+    ]
+    return sorted(plain + packed)
+
+
+def packed_shards(table: pa.Table) -> int:
+    """Return how many shards of an index are compressed."""
+    return sum(map(is_packed, table["shard"].unique().to_pylist()))
 
 
 def check_classes(table: pa.Table, names: Sequence[str] | None) -> list[str]:

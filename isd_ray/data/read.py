@@ -17,6 +17,7 @@ from pyarrow import fs
 
 from isd_ray.data import views as v
 from isd_ray.data.decode import MAX_BYTES, BrokenImage, Picture, Shrink, decode
+from isd_ray.data.packed import UnpackedFile, open_shard
 from isd_ray.data.store import StoredFile
 from isd_ray.data.views import View
 
@@ -217,7 +218,7 @@ def _read_shard(
     valid = np.flatnonzero((offset >= HEADER) & (offset < 2**62) & (size > 0) & (size <= MAX_BYTES))
     far = offset[valid][1:] - (offset + size)[valid][:-1] > GAP
     try:
-        with StoredFile(filesystem, path) as file:
+        with open_shard(filesystem, path) as file:
             for run in np.split(valid, np.flatnonzero(far) + 1):
                 for i, part in zip(run, _read_run(file, offset[run], size[run]), strict=True):
                     parts[i] = part
@@ -228,7 +229,9 @@ def _read_shard(
     return parts
 
 
-def _read_run(file: StoredFile, offset: np.ndarray, size: np.ndarray) -> list[bytes | BrokenImage]:
+def _read_run(
+    file: StoredFile | UnpackedFile, offset: np.ndarray, size: np.ndarray
+) -> list[bytes | BrokenImage]:
     """Return the bytes of near ranges out of one read; the file may end before they do."""
     if not len(offset):
         return []

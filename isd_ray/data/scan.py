@@ -17,7 +17,8 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from isd_ray.data.decode import MAX_BYTES, describe, open_header, orientation
-from isd_ray.data.store import StoredFile, StoreError
+from isd_ray.data.packed import open_shard
+from isd_ray.data.store import StoreError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif")
 # Only decoders of these plain raster formats are tried on foreign bytes.
@@ -58,7 +59,7 @@ def index_shard(filesystem: pafs.FileSystem, path: str) -> tuple[pa.Table, list[
     samples = _Samples(posixpath.basename(path))
     broken = None
     try:
-        with StoredFile(filesystem, path) as raw:
+        with open_shard(filesystem, path) as raw:
             scan = _Scan(io.BufferedReader(raw, _BUFFER), raw.length)
             for group in scan.groups():
                 samples.add(group, scan)
@@ -173,7 +174,7 @@ class _Scan:
         first = file.peek(12)[:12]
         packed = next((kind for magic, kind in _PACKED.items() if first.startswith(magic)), None)
         if packed:
-            raise tarfile.ReadError(f"compressed tar ({packed}): unpack it, images are read by their place")
+            raise tarfile.ReadError(f"compressed tar ({packed}): name it as such (.tar.gz), or unpack it")
         try:
             self.tar = tarfile.open(  # noqa: SIM115 (closed with the file)
                 fileobj=file, mode="r:", tarinfo=_Member, encoding="utf-8", errors="backslashreplace"

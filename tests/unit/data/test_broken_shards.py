@@ -3,9 +3,11 @@
 Each broken shard lies beside a whole one; both are indexed, and what the index then holds is streamed.
 """
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import pickle
 import re
 import tarfile
@@ -16,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import fs as pafs
@@ -72,7 +75,7 @@ SHARDS = {
     "cut behind an image": (WHOLE[: WHOLE.index(b"z.cls") - 9], ["a"], [(None, "damaged tar: unexpected end of data")]),
     "cut before the end mark": (WHOLE[: WHOLE.index(b"z.cls") + 1024], USED, [(None, END)]),
     "a damaged header": (damaged_header(), ["a"], [(None, END)]),
-    "gzip named .tar": (gzip.compress(WHOLE), [], [(None, r"compressed tar \(gzip\): unpack it")]),
+    "gzip named .tar": (gzip.compress(WHOLE), [], [(None, r"compressed tar \(gzip\): name it")]),
     "zstd named .tar": (b"\x28\xb5\x2f\xfd" + b"\0" * 600, [], [(None, r"compressed tar \(zstd\)")]),
     "a negative size": (behind(b.header("x.png", -1536)), ["a"], [(None, "claims -1536 bytes")]),
     "a size beyond the file": (behind(b.header("x.png", 2**60)), ["a"], [(None, END)]),
@@ -203,16 +206,66 @@ def test_claims_take_no_memory(tmp_path):
     assert peak < 8 * 2**20
 
 
-@pytest.mark.parametrize("extension", index.COMPRESSED)
-def test_a_compressed_tar_in_the_folder_is_named(tmp_path, extension):
-    (tmp_path / f"x{extension}").write_bytes(gzip.compress(WHOLE))
-    with pytest.raises(UserError, match=rf"no .tar file .*'x{extension}' is a compressed tar: unpack it"):
-        indexed(tmp_path)
+PACKERS = {
+    ".tar.gz": gzip.compress,
+    ".tgz": gzip.compress,
+    ".tar.bz2": bz2.compress,
+    ".tar.xz": lzma.compress,
+}
+
+
+@pytest.mark.parametrize("extension", PACKERS)
+def test_a_compressed_tar_gives_the_same_images(tmp_path, extension):
+    (tmp_path / "a.tar").write_bytes(WHOLE)
+    plain, _ = indexed(tmp_path)
+    expected = first_batch(plain)
+    (tmp_path / "a.tar").unlink()
+    (tmp_path / f"a{extension}").write_bytes(PACKERS[extension](WHOLE))
+    table, bad = indexed(tmp_path)
+    assert bad == []
+    assert index.packed_shards(table) == 1
+    assert table.drop_columns(["shard"]).equals(plain.drop_columns(["shard"]))
+    assert torch.equal(first_batch(table), expected)
+    (tmp_path / "a.tar").write_bytes(WHOLE)  # unpacked beside it: that one counts
+    assert indexed(tmp_path)[0].equals(plain)
+
+
+def first_batch(table: pa.Table) -> torch.Tensor:
+    stream = Stream(table, seed=0, global_batch=len(table), size=8, views=["weak"], cache="none")
+    return next(iter(stream.epoch(0))).image
+
+
+@pytest.mark.parametrize("extension", PACKERS)
+@pytest.mark.parametrize("damage", ["cut", "bytes", "no archive"])
+def test_a_damaged_compressed_tar_is_named_and_the_rest_is_used(tmp_path, extension, damage):
+    packed = bytearray(PACKERS[extension](WHOLE))
+    if damage == "bytes":
+        packed[len(packed) // 2 :: 3] = bytes(len(packed[len(packed) // 2 :: 3]))
+    content = {"cut": packed[: len(packed) // 2], "bytes": packed, "no archive": b"<html>"}[damage]
+    (tmp_path / f"x{extension}").write_bytes(content)
     (tmp_path / "y.tar").write_bytes(WHOLE)
     table, bad = indexed(tmp_path)
-    assert (len(table), [(e["shard"], e["key"]) for e in bad]) == (2, [(f"x{extension}", None)])
-    (tmp_path / "x.tar").write_bytes(WHOLE)
-    assert indexed(tmp_path)[1] == []
+    assert len(table) == 2
+    assert [(e["shard"], e["key"]) for e in bad] == [(f"x{extension}", None)]
+    assert bad[0]["reason"].isprintable()
+
+
+def test_a_compressed_tar_that_breaks_after_it_was_indexed_costs_its_images(tmp_path):
+    (tmp_path / "x.tar.gz").write_bytes(gzip.compress(WHOLE))
+    (tmp_path / "y.tar").write_bytes(WHOLE)
+    table, _ = indexed(tmp_path)
+    (tmp_path / "x.tar.gz").write_bytes(gzip.compress(WHOLE)[:-200])
+    stream = Stream(table, seed=0, global_batch=4, size=8, views=["weak"], cache="none", max_bad=0.5)
+    assert len(next(iter(stream.epoch(0))).index) >= 2
+    assert all("cut short" in entry["reason"] for entry in stream.bad)
+
+
+def test_a_kind_of_compression_that_nothing_reads_is_named(tmp_path):
+    (tmp_path / "x.tar.zst").write_bytes(b"\x28\xb5\x2f\xfd" + b"\0" * 600)
+    (tmp_path / "y.tar").write_bytes(WHOLE)
+    table, bad = indexed(tmp_path)
+    assert (len(table), [(e["shard"], e["key"]) for e in bad]) == (2, [("x.tar.zst", None)])
+    assert "unpack it" in bad[0]["reason"]
 
 
 @settings(max_examples=150, deadline=None)

@@ -8,6 +8,7 @@ from PIL import Image
 from isd_ray.data import catalog, index
 from isd_ray.data.catalog import load_definition, open_dataset, parse_definition
 from isd_ray.data.imbalance import SCHEMES
+from isd_ray.data.shards import make_shards
 from isd_ray.errors import UserError
 
 NAMES = [
@@ -195,3 +196,13 @@ def test_cifar10_lt_from_real_parquet_files(real_data, tmp_path):
     assert len(splits.bank) == 1000
     assert splits.test is None
     assert index.classes(splits.train)[:2] == ["airplane", "automobile"]
+
+
+def test_shards_without_an_index_are_indexed_once(images, tmp_path, capsys):
+    make_shards(f"{images}/train", str(tmp_path / "out"), workers=0)
+    (tmp_path / "out" / "train" / "index.parquet").unlink()
+    first = open_dataset("shards", shards=str(tmp_path / "out"), workers=0).train
+    assert "no index at" in capsys.readouterr().out
+    again = open_dataset("shards", shards=str(tmp_path / "out"), workers=0).train
+    assert "no index at" not in capsys.readouterr().out
+    assert again.equals(first)
