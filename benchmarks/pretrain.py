@@ -2,10 +2,11 @@
 
     python -m benchmarks.pretrain
 
-With the images kept in memory (`--caches memory`) and streamed from shards every epoch (`none`). Bare: views, teacher, student forward and backward and the optimiser on uint8 tensors in memory, in one process.
-Whole: the same steps through Ray Data, Ray Train, progress, metrics and checkpoints, between the first and the last
-line of metrics.jsonl. Both take turns on the same cores with the same number of torch threads; the best turn of each
-counts, since other load on a machine only ever slows a turn down. Start-up is reported apart.
+Bare: views, teacher, student forward and backward and the optimiser on uint8 tensors in memory, in one process.
+Whole: the same steps through reading tasks, Ray Train, progress, metrics and checkpoints, between the first and the
+last line of metrics.jsonl, with the images kept in memory (`--caches memory`) and streamed from shards every epoch
+(`none`). All take turns on the same cores with the same number of torch threads; the best turn of each counts, since
+other load on a machine only ever slows a turn down. Start-up is reported apart.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Does the stream leak? Many epochs of a small set through Ray's tasks, with memory, open files and speed of every epoch.
+"""Does the stream leak? Many epochs of a small set through Ray's tasks: memory, open files and speed of each.
 
     python -m benchmarks.soak
 

@@ -110,7 +110,7 @@ ADVICE = {
 WAIT_ADVICE = {
     "read": "waiting for data (mostly reading): shards on a local disk or nearer storage, or --data.cache memory",
     "decode": "waiting for data (mostly decoding): more CPUs, smaller files in the shards, or --data.cache memory",
-    "transform": "waiting for data (mostly making views): more CPUs, a GPU, a smaller --data.image_size, or fewer views",
+    "transform": "waiting for data (mostly making views): more CPUs, a smaller --data.image_size, or fewer views",
     "": "waiting for data: more CPUs, or more memory bandwidth where the images are already cached",
 }
 

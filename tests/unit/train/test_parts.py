@@ -115,7 +115,7 @@ def test_forward_and_backward_count_together() -> None:
 
 @pytest.mark.parametrize(
     ("stage", "words"),
-    [("read", "mostly reading"), ("decode", "mostly decoding"), ("transform", "mostly cropping")],
+    [("read", "mostly reading"), ("decode", "mostly decoding"), ("transform", "mostly making views")],
 )
 def test_waiting_is_laid_to_the_slowest_stage(stage, words) -> None:
     assert words in sentence(
