@@ -6,7 +6,7 @@ on training and validation images together. The penalty here is lambda / 2 * |W|
 that a value means the same on sets of any size; scikit-learn's C is 1 / (lambda N). Biases are not penalised.
 
 torch's L-BFGS does the work, on the device of the features, where scikit-learn's cannot follow to a GPU. On a CPU both
-end at the same accuracy; torch's takes longer on small sets and ends at a lower objective (benchmarks/logistic.py).
+give nearly the same accuracy; torch's takes longer on small sets and ends lower (benchmarks/logistic.py).
 """
 
 from collections.abc import Sequence
