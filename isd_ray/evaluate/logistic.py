@@ -1,12 +1,12 @@
 """Transfer: multinomial logistic regression on frozen features, its regularisation chosen on validation images.
 
-The protocol of Kornblith et al. (CVPR 2019) as BYOL (Grill et al., NeurIPS 2020, appendix D.1) states it: L-BFGS, an L2
+The protocol of Kornblith et al. (CVPR 2019) as BYOL (Grill et al., NeurIPS 2020) describes it: L-BFGS, an L2
 penalty from 45 values spaced evenly in the logarithm from 1e-6 to 1e5, chosen on validation images, then fitted again
 on training and validation images together. The penalty here is lambda / 2 * |W|^2 beside the *mean* cross-entropy, so
 that a value means the same on sets of any size; scikit-learn's C is 1 / (lambda N). Biases are not penalised.
 
 torch's L-BFGS does the work, on the device of the features, where scikit-learn's cannot follow to a GPU. On a CPU both
-end at the same accuracy; torch's takes longer on small sets and ends at a lower objective (benchmarks/logistic.py).
+give nearly the same accuracy; torch's takes longer on small sets and ends lower (benchmarks/logistic.py).
 """
 
 from collections.abc import Sequence

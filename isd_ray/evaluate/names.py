@@ -48,9 +48,10 @@ def parse(name: str) -> Name:
             return Name(family, target=match[1])
         if match:
             return Name(family, int(match[1]) if match.groups() else 0)
+    sets = f", SET one of {', '.join(TRANSFER_SETS)}" if name.startswith("transfer") else ""
     raise UserError(
         f"unknown protocol '{name}'.{nearest(name, EXAMPLES)} There are knnK, knnK_weighted, linear, linear_sdclr, "
-        f"linear_bcl, fewshotN, labelsP (percent), nmi, ari and transfer/SET with SET one of {', '.join(TRANSFER_SETS)}"
+        f"linear_bcl, fewshotN, labelsP (percent), nmi, ari, transfer/SET{sets}"
     )
 
 

@@ -68,12 +68,23 @@ def evaluate_features(
     rule: dict[str, Any] = {"by": groups} if isinstance(groups, str) else {"by": "thresholds", **groups}
     members = class_groups(train_counts, **rule)
     left_out = _left_out(names, bank is None, bank_labels, test_labels, classes, transfer or {})
+    k = [n.number for metric, n in names.items() if n.family.startswith("knn") and metric not in left_out]
     data = Labelled(
-        _placed(bank, device), bank_labels, test, test_labels, classes, seed, device,
-        k=max((n.number for metric, n in names.items() if n.family.startswith("knn") and metric not in left_out),
-              default=1),
-        search=search, transfer=transfer or {}, linear_recipe=linear_recipe,
+        _placed(bank, device), bank_labels, test, test_labels, classes, seed, device, max(k, default=1), search,
+        transfer or {}, linear_recipe,
     )  # fmt: skip
+    result = _measured(names, data, left_out, members)
+    result["protocol"]["bank"] = _describe_bank(bank_name, bank_labels, classes)
+    result["protocol"]["test"] = {"images": len(test_labels)}
+    counts = [int(n) for n in train_counts]
+    result["protocol"]["groups"] = {**rule, "classes": members, "train_counts": counts}
+    return result
+
+
+def _measured(
+    names: Mapping[str, Name], data: Labelled, left_out: Mapping[str, str], groups: Groups
+) -> dict[str, Any]:
+    """Run the protocols; returns the sections and `protocol`."""
     result: dict[str, Any] = {section: {} for section in (*SECTIONS, "protocol")}
     for metric, name in names.items():
         if metric in left_out:
@@ -81,17 +92,10 @@ def evaluate_features(
             scored: dict[str, Any] = dict.fromkeys(SECTIONS)
         else:
             answer = MEASURES[name.family](data, name)
-            protocol, scored = answer.protocol, _scored(answer, data, members)
+            protocol, scored = answer.protocol, _scored(answer, data, groups)
         result["protocol"][metric] = protocol
         for section in SECTIONS:
             result[section][metric] = scored[section]
-    result["protocol"]["bank"] = _describe_bank(bank_name, bank_labels, classes)
-    result["protocol"]["test"] = {"images": len(test_labels)}
-    result["protocol"]["groups"] = {
-        **rule,
-        "classes": members,
-        "train_counts": [int(n) for n in train_counts],
-    }
     return result
 
 

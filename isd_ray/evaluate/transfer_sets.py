@@ -1,7 +1,7 @@
 """Which sets features are transferred to, how each is split, and by which metric it is reported.
 
-The sets and metrics are those of the ISD paper's table 2 and of BYOL's protocol (Grill et al., NeurIPS 2020, appendix
-D.1, after Kornblith et al., CVPR 2019). Where torchvision has no published split, the rule says what stands in for it.
+The sets and metrics are those of the ISD paper's table 2 and of BYOL's protocol (Grill et al., NeurIPS 2020, after
+Kornblith et al., CVPR 2019). Where torchvision has no published split, the rule says what stands in for it.
 """
 
 from dataclasses import dataclass

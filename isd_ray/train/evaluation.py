@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from isd_ray.config import Config
 from isd_ray.data.catalog import Definition, Splits
+from isd_ray.data.files import join
 from isd_ray.data.imbalance import split_holdout
 from isd_ray.data.index import class_counts, classes, labels, root
 from isd_ray.data.stream import ordered
@@ -61,7 +62,7 @@ def evaluate_run(
     others = open_transfer(config)
     at = "features" if config.evaluate.keep_features else SCRATCH
     name = (checkpoint or checkpoint_names(folder)[-1]).removesuffix(".pt")
-    places = compute_features(config, f"{folder.uri}/{at}/{name}", trained, bank, splits.test, others, device)
+    places = compute_features(config, join(folder.uri, at, name), trained, bank, splits.test, others, device)
     seconds = {"features": round(time.perf_counter() - started, 3)}
     arguments = (config, places, splits, bank, list(trained), others, device)
     result = cluster.run_on(cluster.computes_here(config, device), score_run, *arguments)
@@ -82,7 +83,7 @@ def compute_features(
 
     def keep(name: str, table: pa.Table) -> str:
         told = json.dumps(describe(table, trained, view, "float32"), sort_keys=True)
-        place = f"{uri}/{name}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+        place = join(uri, f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:8]}")
         print(f"features of {table.num_rows:,} {name} images", flush=True)
         embed(table, trained, view, place, compute, max_bad=data.max_bad, quiet=False)
         return place

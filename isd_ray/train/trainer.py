@@ -252,6 +252,7 @@ def evaluate(
         )
     saved = yaml.safe_load(folder.read("config.yaml"))
     given = {f"evaluate.{k}": v for k, v in options.items()} | {f"data.{k}": v for k, v in places.items()}
+    given["evaluate.enabled"] = True  # also of a run that was not evaluated when it ended
     config = validate(merge(saved, {k: v for k, v in given.items() if v is not None}))
     session.start_ray(config.address, 0)
     device = cluster.choose_device(config)
