@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import isd_ray
 from isd_ray.data import index
-from isd_ray.data.files import DATASETS, AbsentError, absolute, exists, join
+from isd_ray.data.files import DATASETS, AbsentError, absolute, exists, is_folder, join
 from isd_ray.data.imbalance import subset
 from isd_ray.data.shards import make_shards
 from isd_ray.errors import UserError, nearest, printable

@@ -138,7 +138,7 @@ def index_shards(
     workers: int | None = None,
     quiet: bool = True,
 ) -> tuple[pa.Table, list[dict]]:
-    """Index every tar of the folder `uri` from the headers alone, one task a shard; compressed ones are unpacked for it.
+    """Index every tar of the folder `uri` from the headers alone, one task a shard; compressed ones are unpacked.
 
     Args:
         classes: names of the classes; by default the numbers "0", "1", ...

@@ -1,4 +1,4 @@
-"""Compressed tars. Nothing in them has a place to be read at: they are unpacked from the front, which is slow but works."""
+"""Compressed tars. Nothing in them has a place to be read at: they are unpacked from the front, slowly."""
 
 import bz2
 import gzip

@@ -1,7 +1,7 @@
 """Embeddings of a whole image set: computed once, in index order, and kept as parts that survive a kill.
 
-Images are read as in training; on a GPU, or with `workers`, through Ray Data, where a pool of actors follows the reading
-operator, each with its own copy of the networks. All networks see an image that was decoded once.
+Images are read as in training; on a GPU, or with `workers`, through Ray Data, where a pool of actors follows the
+reading operator, each with its own copy of the networks. All networks see an image that was decoded once.
 A folder of embeddings holds `part-000000.parquet`, ... (rows [i * PART_ROWS, (i + 1) * PART_ROWS) of the index, less
 broken images) and `embeddings.json`, which says what they are of; a part appears when it is whole.
 """
