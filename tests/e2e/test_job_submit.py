@@ -31,16 +31,19 @@ def client_shell(home: Path) -> dict[str, str]:
     return environment
 
 
-def start_node(environment: dict[str, str], cpus: int, port: int, head: bool = True) -> subprocess.Popen:
-    """Start the head, which listens at `port`, or one more node that joins it."""
+def start_node(environment: dict[str, str], cpus: int, port: int, joins: str = "") -> subprocess.Popen:
+    """Start the head, which listens at `port`, or one more node that joins it and has the folder `joins` to itself.
+
+    In one folder the second node would delete the job's files under the first one's feet.
+    """
     start = [RAY, "start", f"--num-cpus={cpus}", "--object-store-memory=300000000", "--block"]
     start += [f"--dashboard-agent-listen-port={free_port()}"]  # the suite's own Ray may hold the usual one
-    if head:
+    if not joins:
         dashboard = environment["RAY_API_SERVER_ADDRESS"].rsplit(":", 1)[1]
         start += ["--head", "--node-ip-address=127.0.0.1", f"--port={port}"]
         start += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
     else:
-        start += [f"--address=127.0.0.1:{port}"]
+        start += [f"--address=127.0.0.1:{port}", f"--temp-dir={joins}"]
     return subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

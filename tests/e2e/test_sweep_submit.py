@@ -1,5 +1,7 @@
 """A sweep that is submitted to a cluster of two nodes runs its trials on both."""
 
+import shutil
+import tempfile
 import threading
 from pathlib import Path
 
@@ -24,7 +26,8 @@ def test_a_submitted_sweep_runs_on_all_nodes(tiny_shards, tmp_path):
     path = tmp_path / "space.yaml"
     path.write_text(yaml.safe_dump(space))
     environment, port = client_shell(tmp_path), free_port()
-    nodes = [start_node(environment, 3, port), start_node(environment, 2, port, head=False)]
+    other = tempfile.mkdtemp(prefix="ray-")  # pytest's own folders have names too long for sockets
+    nodes = [start_node(environment, 3, port), start_node(environment, 2, port, joins=other)]
     used: set[int] = set()
     over = threading.Event()
 
@@ -42,6 +45,7 @@ def test_a_submitted_sweep_runs_on_all_nodes(tiny_shards, tmp_path):
         over.set()
         for node in nodes:
             kill_node(node)
+        shutil.rmtree(other, ignore_errors=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert used == {0, 1}
     folder = Path(tmp_path, "out", "two")
