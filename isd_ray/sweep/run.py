@@ -34,8 +34,9 @@ def sweep(
     folder = RunFolder(run_uri(Config(name=name, output=output)))
     try:
         outcome = _searched(plan, folder, name)
-    except OSError as error:
-        raise UserError(f"{folder.uri}: {error}; mend that, and the same command goes on") from error
+    except OSError as error:  # from a task of Ray's, a whole traceback that ends with it
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise UserError(f"{folder.uri}: {reason}; mend that, and the same command goes on") from error
     print_outcome(plan, folder, outcome)
     return outcome
 
