@@ -170,7 +170,9 @@ def default_cache() -> str:
 
 def _from_shards(uri: str, workers: int | None, quiet: bool) -> dict[str, pa.Table]:
     uri = absolute(uri)
-    folders = {split: join(uri, split) for split in SPLITS if is_folder(join(uri, split))} or {"train": uri}
+    known = [split for split in SPLITS if exists(join(uri, split, index.FILE_NAME))]
+    splits = known or [split for split in SPLITS if is_folder(join(uri, split))]
+    folders = {split: join(uri, split) for split in splits} or {"train": uri}
     found = {split: _index_or_make(folder, workers, quiet) for split, folder in folders.items()}
     if "train" not in found:
         raise UserError(
