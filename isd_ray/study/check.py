@@ -101,9 +101,10 @@ class Plan:
 
 def cell_options(study: Study, cell: Cell, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a cell's run but for those that depend on where it runs."""
+    floors = {"evaluate.baselines": cell.method == next(iter(study.methods))}  # alike for all: measured once
     layers = data_layers(study, cell.setting, given)
     own = {"train.seed": cell.seed}
-    return merge(layers, data_options(study, cell.subset), method_options(study, cell.method), own)
+    return merge(floors, layers, data_options(study, cell.subset), method_options(study, cell.method), own)
 
 
 def check(content: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> Plan:

@@ -49,7 +49,12 @@ def means(outcome: Outcome, setting: Setting, metric: str) -> Table:
         )
     kind = metric.split(".")[1]
     for floor, words in FLOORS.items():
-        runs = [run for run in outcome.of(setting) if run.cell.method == outcome.methods[0]]
+        found = {
+            (run.cell.subset, run.cell.seed): run
+            for run in outcome.of(setting)
+            if run.scores(f"{floor}.{kind}")
+        }
+        runs = list(found.values())  # it is the same number whichever method's run measured it
         cells = [_spread(runs, f"{floor}.{kind}", g) for g in groups]
         if any(cell != NOTHING for cell in cells):
             rows.append([words, *cells, str(len(runs))])

@@ -25,13 +25,14 @@ from isd_ray.train.trainer import check_same, prepare_run, run_prepared
 
 RESULT = "result.json"
 TIDY_SECONDS = 2.0
-HOW_FAST = (
+HOW_FAST = (  # of evaluate: they change no number of a method
+    "baselines",
     "batch_size",
     "every",
     "workers",
     "keep_features",
     "transfer_root",
-)  # of evaluate: they change no number
+)
 Notify = Callable[[str, Cell, str | None], None]  # ("started" | "ended", cell, why it failed)
 
 

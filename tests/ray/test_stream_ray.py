@@ -233,7 +233,8 @@ def test_ranks_share_one_copy_in_the_object_store(ray_session, table):
     time.sleep(0.5)  # the store hears of it a little later
     used = free - ray_session.available_resources()["object_store_memory"]
     images = one.num_rows * 3 * 24 * 24
-    assert images <= used < 2 * images
+    assert used < 2 * images  # no lower bound: what earlier tests put there may leave meanwhile
+    assert len({stream._decoded()[0].data_ptr() for stream in streams}) == 1
     whole = epoch(one, cache="memory")  # epoch 3
     parts = [list(stream.epoch(3)) for stream in streams]
     assert torch.equal(torch.cat([part[0].image for part in parts]), whole[0].image)

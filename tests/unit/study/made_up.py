@@ -63,7 +63,9 @@ def write_cell(plan: Plan, folder: RunFolder, cell: Cell, pictures: bool = False
         {"step": s, "epoch": s // 10, "loss": 5 - s / 20, "images_per_second": 640.0} for s in range(2, 41, 2)
     ]
     run.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
-    networks = {"student": 0.0, "untrained": -15.0, "pixels": -20.0}
+    networks = {"student": 0.0}
+    if plan.config(cell, cells_folder(folder)).evaluate.baselines:
+        networks |= {"untrained": -15.0, "pixels": -20.0}
     classes = {
         n: {m: [a + shift for a in accuracy(cell, m)] for m in ("knn20", "linear")}
         for n, shift in networks.items()

@@ -133,6 +133,15 @@ def test_protocols_that_are_asked_for_are_measured():
     assert not evaluate.keep_features
 
 
+def test_what_any_method_has_to_beat_is_measured_once():
+    """The untrained backbone of a seed and raw pixels are the same whichever method's run looks at them."""
+    whole = content(seeds=[0, 1])
+    measured = lambda plan: {(c.method, c.seed) for c in plan.cells if plan.config(c).evaluate.baselines}  # noqa: E731
+    assert measured(check(whole)) == {("moco_v2", 0), ("moco_v2", 1)}
+    assert measured(check(whole, {"evaluate.baselines": False})) == set()
+    assert len(measured(check(whole, {"evaluate.baselines": True}))) == 4
+
+
 def test_cells_are_every_combination_the_first_seeds_first():
     study = Study(**content(seeds=[4, 7], imbalances={
         "exp20": {"scheme": "exponential", "ratio": 20, "control": True},
