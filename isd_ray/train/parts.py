@@ -101,7 +101,8 @@ def run_stages(lines: list[dict[str, Any]]) -> dict[str, float]:
 
 ADVICE = {
     "views": "making the views: --data.augment_on tasks, more --train.threads, a GPU, or fewer and smaller views",
-    "network": "the network itself ({}): more workers or GPUs, a smaller --model.backbone or --data.image_size",
+    "network": "the network itself ({}): more workers or GPUs, a smaller --model.backbone or --data.image_size, "
+    "--train.precision bfloat16 on a CPU that has AMX",
     "queue": "the queue: a smaller --queue.size, or --queue.layout sharded over more workers",
     "communicate": "waiting for the other workers' gradients: a larger --train.batch_size, or fewer, closer workers",
     "update": "optimiser and teacher: a larger --train.batch_size, so that there are fewer steps",
