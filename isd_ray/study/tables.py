@@ -104,8 +104,7 @@ def tests(outcome: Outcome, setting: Setting, metric: str) -> Table:
         if group != before:
             rules.add(len(rows))
             before = group
-        interval = NOTHING if test.low is None else f"{test.low:+.2f} … {test.high:+.2f}"
-        numbers = [_signed(test.mean, 2), interval, _number(test.deviation, 2), _number(test.t, 2)]
+        numbers = [_signed(test.mean, 2), _interval(test), _number(test.deviation, 2), _number(test.t, 2)]
         ps = [_p(test.p_t), _p(p), _p(test.p_sign), _p(test.least)]
         rows.append([group_title(group), method, str(test.n), *numbers, *ps])
     header = [
@@ -141,25 +140,58 @@ def tests_note(outcome: Outcome, setting: Setting) -> str:
 
 
 def control(outcome: Outcome, setting: Setting, metric: str) -> Table | None:
-    """What the imbalance costs: the balanced control of the same size less the unbalanced set, by method."""
-    twin = Setting(setting.data, setting.imbalance, control=True)
-    if setting.control or twin not in outcome.plan.settings:
+    """What the imbalance costs each method, and whether it costs less than it costs the baseline."""
+    if not has_control(outcome, setting):
         return None
     rows = []
+    base = outcome.plan.study.baseline
     for method in outcome.methods:
         for group in compared_groups(outcome, setting):
-            here, there = (outcome.by_unit(s, method, metric, group) for s in (setting, twin))
-            both = [there[k] - here[k] for k in here if k in there]
-            if both:
-                test = paired(both)
-                interval = NOTHING if test.low is None else f"{test.low:+.2f} … {test.high:+.2f}"
-                rows.append([method, group_title(group), _mean_of(here.values()), _mean_of(there.values()),
-                             _signed(test.mean, 2), interval, str(test.n)])  # fmt: skip
-    header = ["method", "classes", "unbalanced", "balanced", "balanced - unbalanced", "95 % interval", "n"]
-    note = "In %. Equally many images in both sets; groups are those of the unbalanced one."
+            costs = imbalance_costs(outcome, setting, method, metric, group)
+            if not costs:
+                continue
+            saved = savings(outcome, setting, method, metric, group) if method != base else []
+            less = paired(saved) if saved else Paired(0, 0.0)
+            own = paired(list(costs.values()))
+            values = [outcome.by_unit(s, method, metric, group) for s in (setting, balanced(setting))]
+            rows.append([method, group_title(group), *(_mean_of(v[k] for k in costs) for v in values),
+                         _signed(own.mean, 2), _interval(own), _signed(less.mean if saved else None, 2),
+                         _interval(less), _p(less.p_t), str(own.n)])  # fmt: skip
+    header = ["method", "classes", "unbalanced", "balanced", "cost", "95 % interval", f"less than {base}'s",
+              "95 % interval", "p, t-test", "n"]  # fmt: skip
+    note = (
+        "In %. Equally many images in both sets; groups are of the unbalanced one. Cost: balanced less unbalanced; "
+        f"less than {base}'s: {base}'s cost less the method's, by pairs; above 0, imbalance harms the method less."
+    )
     every = len(compared_groups(outcome, setting))
     return Table(f"{metric_title(metric)}: what the imbalance costs", header, rows, note, texts=2,
                  rules=frozenset(range(0, len(rows), every)))  # fmt: skip
+
+
+def balanced(setting: Setting) -> Setting:
+    """Return the balanced control of a setting."""
+    return Setting(setting.data, setting.imbalance, control=True)
+
+
+def has_control(outcome: Outcome, setting: Setting) -> bool:
+    """Whether the setting is unbalanced and the study has its balanced control."""
+    return not setting.control and balanced(setting) in outcome.plan.settings
+
+
+def imbalance_costs(
+    outcome: Outcome, setting: Setting, method: str, metric: str, group: str
+) -> dict[int | str, float]:
+    """Return balanced less unbalanced accuracy, in points, by split or seed."""
+    here, there = (outcome.by_unit(s, method, metric, group) for s in (setting, balanced(setting)))
+    return {key: there[key] - here[key] for key in here if key in there}
+
+
+def savings(outcome: Outcome, setting: Setting, method: str, metric: str, group: str) -> list[float]:
+    """Return the imbalance's cost to the baseline less its cost to the method, by pairs, in points."""
+    own, base = (
+        imbalance_costs(outcome, setting, m, metric, group) for m in (method, outcome.plan.study.baseline)
+    )
+    return [base[key] - own[key] for key in own if key in base]
 
 
 def _is_unbalanced_test(outcome: Outcome, setting: Setting, metric: str) -> bool:
@@ -201,6 +233,10 @@ def _mean_of(values: Any) -> str:
 def _signed_mean(values: Any) -> str:
     known = list(values)
     return f"{np.mean(known):+.2f}" if known else NOTHING
+
+
+def _interval(test: Paired) -> str:
+    return NOTHING if test.low is None else f"{test.low:+.2f} … {test.high:+.2f}"
 
 
 def _p(value: float | None) -> str:

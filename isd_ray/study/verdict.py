@@ -7,8 +7,16 @@ import numpy as np
 
 from isd_ray.study.results import ALL, Outcome
 from isd_ray.study.spec import Setting
-from isd_ray.study.statistics import LEVEL, Paired, holm
-from isd_ray.study.tables import FLOORS, compared_groups, group_title, metric_title, tested
+from isd_ray.study.statistics import LEVEL, Paired, holm, paired
+from isd_ray.study.tables import (
+    FLOORS,
+    compared_groups,
+    group_title,
+    has_control,
+    metric_title,
+    savings,
+    tested,
+)
 
 FEWEST = 3  # pairs below which nobody should speak of winning: two differences are alike by chance too often
 
@@ -62,6 +70,25 @@ def verdict(outcome: Outcome) -> Iterator[str]:
             yield f"{title}: {_sides(own)}{_trade(own)}"
         if ranks := _ranks(outcome, setting, metric):
             yield f"{setting.name}: {ranks}"
+        yield from _costs(outcome, setting, metric)
+
+
+def _costs(outcome: Outcome, setting: Setting, metric: str) -> Iterator[str]:
+    """Say whether imbalance harms a method less than the baseline: the question behind the balanced control."""
+    if not has_control(outcome, setting):
+        return
+    base = outcome.plan.study.baseline
+    found = {m: paired(s) for m in outcome.methods if m != base
+             and (s := savings(outcome, setting, m, metric, ALL))}  # fmt: skip
+    adjusted = holm([test.p_t for test in found.values()])
+    for (method, test), p in zip(found.items(), adjusted, strict=True):
+        if method not in subjects(outcome):
+            continue
+        says = Judged(ALL, method, test, p).says
+        words = {1: f"harms {method} less than {base}", -1: f"harms {method} more than {base}",
+                 0: f"harms {method} and {base} alike, as far as can be told"}[says]  # fmt: skip
+        less = _one(Judged(ALL, method, test, p))
+        yield f"{setting.name}: imbalance {words}; its cost to {base} less that to {method}: {less}."
 
 
 def _sides(judged: list[Judged]) -> str:

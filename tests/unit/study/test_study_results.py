@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
+import made_up as made_up_module
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from made_up import BALANCED, BETTER, COUNTS, EXP25, NAMES, accuracy, made_up, write_cell, write_study
 
-from isd_ray.study import results
+from isd_ray.study import results, tables
 from isd_ray.study.results import collect
 from isd_ray.study.verdict import judge, limits, verdict
 from isd_ray.study.work import cell_folder
@@ -142,6 +143,27 @@ def test_the_verdict_names_gains_losses_and_what_chance_may_explain(study):
     assert judged["simclr", "few"] == 0  # -1, -0.75, -0.5: three pairs, adjusted for twelve tests
     assert any("cannot give less than p = 0.25" in line for line in limits(outcome))
     assert any("one and the same choice of images" in line for line in limits(outcome))
+
+
+def test_whether_imbalance_harms_a_method_less_is_judged(tmp_path, monkeypatch):
+    """It costs the baseline 2 points and ISD 3, 3.1 and 3.2 points less."""
+    real = made_up_module.accuracy
+    eased = lambda cell: (3 + cell.seed / 10) * (cell.method == "isd" and not cell.setting.control)  # noqa: E731
+    monkeypatch.setattr(
+        made_up_module, "accuracy", lambda cell, *metric: [a + eased(cell) for a in real(cell, *metric)]
+    )
+    plan = made_up()
+    outcome = collect(plan, write_study(plan, tmp_path, pictures=False))
+    said = [s for s in verdict(outcome) if "imbalance harms" in s]
+    assert len(said) == 1
+    assert said[0].startswith(
+        "embedded_lt-exp25: imbalance harms isd less than moco_v2; its cost to moco_v2 less"
+    )
+    assert "All (+3.1 [+2.9, +3.3], p 0.00" in said[0]
+    rows = {row[:2]: row for row in map(tuple, tables.control(outcome, EXP25, "student.knn20").rows)}
+    assert rows["isd", "All"][4] == "-1.10"
+    assert rows["isd", "All"][6:8] == ("+3.10", "+2.85 … +3.35")
+    assert rows["moco_v2", "All"][6:9] == ("-", "-", "-")
 
 
 def test_a_gain_that_others_pay_for_is_said(tmp_path, monkeypatch):
