@@ -12,7 +12,7 @@ from isd_ray.study.tables import NOTHING
 PLACES = {  # options that say where a run lies or how fast it goes, and nothing of what is learned
     "name", "output", "address", "train.threads", "train.device", "train.gpus_per_worker", "train.log_every",
     "train.loggers", "train.checkpoint_seconds", "train.keep_checkpoints", "train.max_failures", "data.root",
-    "data.shards", "data.download", "data.cache", "method.name",
+    "data.shards", "data.download", "data.cache", "method.name", "evaluate.baselines",
 }  # fmt: skip
 
 
