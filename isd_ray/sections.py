@@ -245,7 +245,7 @@ class TrainConfig(Section):
     gpus_per_worker: float = Field(1.0, gt=0, description="GPUs a worker takes when it runs on CUDA")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="auto: bfloat16 autocast on CUDA. On CPUs it is faster only where they have AMX",
+        description="auto: bfloat16 autocast on CUDA. Also worth a try on CPUs that have AMX",
     )
     compile: bool = Field(False, description="torch.compile the networks")
     batch_norm: Literal["local", "sync", "shuffle"] = Field(

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -149,30 +149,30 @@ class Outcome:
         """Return what a pair of a test is: "split" where there are several, whose seeds are averaged; else "seed"."""
         return "split" if len({split for split, _ in self.columns(setting)}) > 1 else "seed"
 
+    def by_run(self, setting: Setting, method: str, metric: str, group: str) -> dict[tuple[Any, int], float]:
+        """Return the score of every finished run, by (split, seed)."""
+        found = {
+            (r.cell.subset.split, r.cell.seed): r.scores(metric).get(group) for r in self.of(setting, method)
+        }
+        return {key: score for key, score in found.items() if score is not None}
+
+    def averaged(self, setting: Setting, values: Mapping[tuple[Any, int], float]) -> dict[Any, float]:
+        """Return one value a split, averaged over seeds, or one a seed where there is one split."""
+        place = 0 if self.units(setting) == "split" else 1
+        several: dict[Any, list[float]] = {}
+        for key, value in values.items():
+            several.setdefault(key[place], []).append(value)
+        return {unit: float(np.mean(found)) for unit, found in several.items()}
+
     def by_unit(self, setting: Setting, method: str, metric: str, group: str) -> dict[Any, float]:
         """Return one score a split, averaged over seeds, or one a seed where there is one split."""
-        unit = self.units(setting)
-        values: dict[Any, list[float]] = {}
-        for run in self.of(setting, method):
-            score = run.scores(metric).get(group)
-            if score is not None:
-                key = run.cell.subset.split if unit == "split" else run.cell.seed
-                values.setdefault(key, []).append(score)
-        return {key: float(np.mean(scores)) for key, scores in values.items()}
+        return self.averaged(setting, self.by_run(setting, method, metric, group))
 
     def differences(self, setting: Setting, method: str, metric: str, group: str) -> list[float]:
         """Return method minus baseline for each split or seed that both have, averaged over the same seeds."""
-        unit = self.units(setting)
-        pairs: dict[Any, list[float]] = {}
-        ours, theirs = (
-            {(r.cell.subset.split, r.cell.seed): r.scores(metric).get(group) for r in self.of(setting, m)}
-            for m in (method, self.plan.study.baseline)
-        )
-        for key, value in ours.items():
-            other = theirs.get(key)
-            if value is not None and other is not None:
-                pairs.setdefault(key[0] if unit == "split" else key[1], []).append(value - other)
-        return [float(np.mean(values)) for values in pairs.values()]
+        ours, theirs = (self.by_run(setting, m, metric, group) for m in (method, self.plan.study.baseline))
+        both = {key: ours[key] - theirs[key] for key in ours if key in theirs}
+        return list(self.averaged(setting, both).values())
 
 
 def collect(plan: Plan, folder: RunFolder) -> Outcome:

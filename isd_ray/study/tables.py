@@ -152,8 +152,8 @@ def control(outcome: Outcome, setting: Setting, metric: str) -> Table | None:
                 continue
             saved = savings(outcome, setting, method, metric, group) if method != base else []
             less = paired(saved) if saved else Paired(0, 0.0)
-            own = paired(list(costs.values()))
-            values = [outcome.by_unit(s, method, metric, group) for s in (setting, balanced(setting))]
+            own = paired(list(outcome.averaged(setting, costs).values()))
+            values = [outcome.by_run(s, method, metric, group) for s in (setting, balanced(setting))]
             rows.append([method, group_title(group), *(_mean_of(v[k] for k in costs) for v in values),
                          _signed(own.mean, 2), _interval(own), _signed(less.mean if saved else None, 2),
                          _interval(less), _p(less.p_t), str(own.n)])  # fmt: skip
@@ -180,18 +180,19 @@ def has_control(outcome: Outcome, setting: Setting) -> bool:
 
 def imbalance_costs(
     outcome: Outcome, setting: Setting, method: str, metric: str, group: str
-) -> dict[int | str, float]:
-    """Return balanced less unbalanced accuracy, in points, by split or seed."""
-    here, there = (outcome.by_unit(s, method, metric, group) for s in (setting, balanced(setting)))
+) -> dict[tuple[Any, int], float]:
+    """Return balanced less unbalanced accuracy, in points, of every (split, seed) that both have."""
+    here, there = (outcome.by_run(s, method, metric, group) for s in (setting, balanced(setting)))
     return {key: there[key] - here[key] for key in here if key in there}
 
 
 def savings(outcome: Outcome, setting: Setting, method: str, metric: str, group: str) -> list[float]:
-    """Return the imbalance's cost to the baseline less its cost to the method, by pairs, in points."""
+    """Return the imbalance's cost to the baseline less its cost to the method, in points, by split or seed."""
     own, base = (
         imbalance_costs(outcome, setting, m, metric, group) for m in (method, outcome.plan.study.baseline)
     )
-    return [base[key] - own[key] for key in own if key in base]
+    both = {key: base[key] - own[key] for key in own if key in base}
+    return list(outcome.averaged(setting, both).values())
 
 
 def _is_unbalanced_test(outcome: Outcome, setting: Setting, metric: str) -> bool:

@@ -167,7 +167,7 @@ def no_sync(model: nn.Module) -> AbstractContextManager:
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager:
-    """bfloat16 where it is asked for, or on CUDA by default; on CPUs without AMX it is many times slower."""
+    """bfloat16 where it is asked for, or on CUDA by default; on CPUs it was measured with AMX alone."""
     wanted = config.train.precision
     enabled = wanted == "bfloat16" or (wanted == "auto" and device.type == "cuda")
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)

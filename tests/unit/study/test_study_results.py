@@ -166,6 +166,21 @@ def test_whether_imbalance_harms_a_method_less_is_judged(tmp_path, monkeypatch):
     assert rows["moco_v2", "All"][6:9] == ("-", "-", "-")
 
 
+def test_costs_of_imbalance_compare_the_same_seeds(tmp_path):
+    """Two splits of two seeds, one balanced run missing: seeds and splits move all runs, and no cost by that."""
+    plan = made_up(
+        imbalances={"exp25": {"scheme": "exponential", "control": True, "splits": [0, 1]}}, seeds=[0, 1]
+    )
+    folder = write_study(plan, tmp_path, pictures=False)
+    gone = next(c for c in plan.cells if (c.setting, c.method, c.seed) == (BALANCED, "moco_v2", 1))
+    Path(cell_folder(folder, gone).path, "result.json").unlink()
+    outcome = collect(plan, folder)
+    costs = tables.imbalance_costs(outcome, EXP25, "moco_v2", "student.knn20", "all")
+    assert len(costs) == 3
+    assert list(costs.values()) == pytest.approx([2.0] * 3)
+    assert tables.savings(outcome, EXP25, "isd", "student.knn20", "all") == pytest.approx([0.0, 0.0])
+
+
 def test_a_gain_that_others_pay_for_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(BETTER, "isd", -3.0)
     plan = made_up(imbalances={"exp25": {"scheme": "exponential"}}, seeds=[0, 1, 2, 3, 4, 5])
