@@ -58,14 +58,19 @@ def run_job(main: Callable[[list[str]], int], arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # whoever read our output has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
-    except SystemExit as end:  # of argparse, which has said why
-        return end.code if isinstance(end.code, int) else MISTAKE
+    except SystemExit as end:  # of --help, or of Ray's own answer to SIGTERM while it starts
+        return int(end.code or 0) if end.code != signal.SIGTERM else _said(Terminated())
     except BaseException as error:
-        line, code = explain(error)
-        if code == DEFECT:
-            traceback.print_exception(error)
-        complain(line)
-        return code
+        return _said(error)
+
+
+def _said(error: BaseException) -> int:
+    """Say what failed; returns the exit code."""
+    line, code = explain(error)
+    if code == DEFECT:
+        traceback.print_exception(error)
+    note(f"error: {line[:LINE]}")
+    return code
 
 
 _in_job = False  # in a library's or a test's process signals are not ours
@@ -81,11 +86,6 @@ def hear_sigterm() -> None:
         raise Terminated
 
     signal.signal(signal.SIGTERM, terminate)
-
-
-def complain(line: str) -> None:
-    """Print one line on standard error, harmless whatever it holds."""
-    note(f"error: {line[:LINE]}")
 
 
 def explain(error: BaseException) -> tuple[str, int]:
