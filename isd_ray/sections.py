@@ -267,6 +267,9 @@ class TrainConfig(Section):
     start_seconds: float = Field(
         1800.0, ge=60, le=1e6, description="Seconds to wait until the cluster has room for the workers"
     )
+    autoscale: bool = Field(
+        False, description="The cluster may bring more nodes than are up now: ask for them and wait"
+    )
     max_failures: int = Field(0, ge=-1, description="Restarts after a worker died; -1 for no limit")
 
 

@@ -72,8 +72,9 @@ def _local_cpus(content: Mapping[str, Any], given: Mapping[str, Any]) -> int:
 
 def _run(plan: Plan, folder: RunFolder) -> None:
     resources = plan.study.resources
-    workers = max(plan.config(cell).train.workers for cell in plan.cells)
-    concurrent, gpus = room("cell", resources.cpus, resources.gpus, resources.concurrent, workers)
+    trains = [plan.config(cell).train for cell in plan.cells]
+    workers, autoscale = max(t.workers for t in trains), any(t.autoscale for t in trains)
+    concurrent, gpus = room("cell", resources.cpus, resources.gpus, resources.concurrent, workers, autoscale)
     folder.write("study.yaml", yaml.safe_dump(plan.written(), sort_keys=False).encode())
     say(f"study folder: {folder.uri}")
     left = work.jobs(plan, folder)

@@ -62,7 +62,14 @@ def _searched(plan: Plan, folder: RunFolder, name: str) -> results.Outcome:
             raise UserError(
                 f"the default breaks the constraint '{text}': there are {splits.train.num_rows:,} images"
             )
-        concurrent, gpus = room("trial", resources.cpus, resources.gpus, resources.concurrent, workers)
+        concurrent, gpus = room(
+            "trial",
+            resources.cpus,
+            resources.gpus,
+            resources.concurrent,
+            workers,
+            config.train.autoscale,
+        )
         folder.write("space.yaml", yaml.safe_dump(written(plan), sort_keys=False).encode())
         say(f"sweep folder: {folder.uri}")
         search = Search(plan, folder, splits.train.num_rows)

@@ -31,21 +31,31 @@ class WorkerDied(MachineError):
 
 
 def choose_device(config: Config) -> str:
-    """Return "cuda" or "cpu"; raises UserError when the workers ask for more than the cluster has."""
+    """Return "cuda" or "cpu"; raises UserError when the workers ask for more than the cluster has.
+
+    With `train.autoscale` more than the nodes that are up now may be asked for; where GPUs may come, the device must
+    be said.
+    """
     train, have = config.train, ray.cluster_resources()
     gpus, cpus = have.get("GPU", 0), _physical_cpus(have)
+    hint = "use %s; or, where the cluster's autoscaler can bring them, --train.autoscale true"
+    if train.autoscale:
+        if train.device == "auto" and not gpus:
+            raise UserError("--train.autoscale: no GPU is up now; say --train.device cuda, or cpu")
+        return "cuda" if gpus and train.device == "auto" else train.device
     if train.device == "cuda" and not gpus:
-        raise UserError("--train.device cuda: this cluster has no GPU; use --train.device cpu")
+        raise UserError(f"--train.device cuda: this cluster has no GPU; {hint % '--train.device cpu'}")
     if train.device != "cpu" and gpus:
-        if train.workers * train.gpus_per_worker > gpus:
+        taken = train.workers * train.gpus_per_worker
+        if taken > gpus:
             raise UserError(
-                f"--train.workers {train.workers}: they take {train.workers * train.gpus_per_worker:g} GPUs and this "
-                f"cluster has {gpus:g}; use fewer workers or a smaller --train.gpus_per_worker"
+                f"--train.workers {train.workers}: they take {taken:g} GPUs and this cluster has {gpus:g}; "
+                f"{hint % 'fewer workers or a smaller --train.gpus_per_worker'}"
             )
         return "cuda"
     if train.workers > cpus:
         raise UserError(
-            f"--train.workers {train.workers}: this cluster has {cpus:g} cores; use at most {cpus:g}"
+            f"--train.workers {train.workers}: this cluster has {cpus:g} cores; {hint % f'at most {cpus:g}'}"
         )
     _require_cores(train.workers, train.threads)
     return "cpu"

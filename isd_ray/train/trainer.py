@@ -43,7 +43,8 @@ from isd_ray.train.validation import WATCHED, how_watched, watched_tables
 FREE = {
     "name", "output", "address", "data.root", "data.shards", "data.download", "data.cache", "train.workers",
     "train.threads", "train.log_every", "train.loggers", "train.checkpoint_seconds", "train.keep_checkpoints",
-    "train.max_failures", "train.device", "train.gpus_per_worker", "queue.layout",
+    "train.max_failures", "train.start_seconds", "train.autoscale", "train.device", "train.gpus_per_worker",
+    "queue.layout",
 }  # fmt: skip
 FREE_SECTIONS = ("evaluate.",)
 
