@@ -26,7 +26,6 @@ from isd_ray.errors import UserError
 
 T = TypeVar("T")
 OURS = re.compile(r"\..+\.[0-9a-f]{8}\.part")  # names of the part files of `write_whole`
-DATASETS = Path(__file__).parents[2] / "datasets"
 
 
 class AbsentError(UserError):
