@@ -14,11 +14,12 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import isd_ray
+from isd_ray import definitions
 from isd_ray.data import index
-from isd_ray.data.files import DATASETS, AbsentError, absolute, exists, is_folder, join
+from isd_ray.data.files import AbsentError, absolute, exists, is_folder, join
 from isd_ray.data.imbalance import subset
 from isd_ray.data.shards import make_shards
-from isd_ray.errors import UserError, listed, nearest, printable, shown
+from isd_ray.errors import UserError, listed, printable
 from isd_ray.values import faults_of
 from isd_ray.yaml_files import parse_mapping, read_mapping
 
@@ -87,7 +88,7 @@ class Splits(NamedTuple):
 
 def names() -> list[str]:
     """Return the names of the data sets that are defined."""
-    return sorted(p.stem for p in DATASETS.glob("*.yaml"))
+    return definitions.names("datasets")
 
 
 def load_definition(name: str) -> Definition:
@@ -96,10 +97,7 @@ def load_definition(name: str) -> Definition:
     Raises:
         UserError: unknown name, or a mistake in the file.
     """
-    if name not in names():
-        hint = nearest(name, names())
-        raise UserError(f"unknown data set {shown(name)}.{hint} Known: {', '.join(names())}")
-    return _define(read_mapping(DATASETS / f"{name}.yaml", "definition"), name)
+    return _define(read_mapping(definitions.find("datasets", name), "definition"), name)
 
 
 def parse_definition(text: str, name: str) -> Definition:
