@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import isd_ray
@@ -20,13 +19,15 @@ from isd_ray.data import index
 from isd_ray.data.files import AbsentError, absolute, exists, is_folder, join
 from isd_ray.data.imbalance import subset
 from isd_ray.data.shards import make_shards
-from isd_ray.errors import UserError, nearest, printable
+from isd_ray.errors import UserError, listed, printable
+from isd_ray.values import faults_of
+from isd_ray.yaml_files import parse_mapping, read_mapping
 
 SPLITS = ("train", "test", "bank")
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Thresholds(_Strict):
@@ -96,22 +97,21 @@ def load_definition(name: str) -> Definition:
     Raises:
         UserError: unknown name, or a mistake in the file.
     """
-    return parse_definition(definitions.find("datasets", name).read_text(), name)
+    return _define(read_mapping(definitions.find("datasets", name), "definition"), name)
 
 
 def parse_definition(text: str, name: str) -> Definition:
-    """Parse the YAML of a definition; raises UserError with the first mistake."""
+    """Parse the YAML of a definition; raises UserError that lists every mistake."""
+    return _define(parse_mapping(text, f"datasets/{name}.yaml"), name)
+
+
+def _define(content: dict[str, Any], name: str) -> Definition:
+    if "name" in content:
+        raise UserError(f"datasets/{name}.yaml: name: that of the file counts; leave it out")
     try:
-        return Definition(name=name, **yaml.safe_load(text))
+        return Definition(name=name, **content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(p) for p in first["loc"])
-        hint = nearest(where, Definition.model_fields) if first["type"] == "extra_forbidden" else ""
-        raise UserError(f"datasets/{name}.yaml: {where}: {first['msg']}.{hint}") from error
-    except (TypeError, yaml.YAMLError) as error:
-        raise UserError(
-            f"datasets/{name}.yaml is not a YAML mapping: {str(error).splitlines()[0]}"
-        ) from error
+        raise UserError(f"datasets/{name}.yaml: " + listed(faults_of(Definition, error))) from None
 
 
 def open_dataset(

@@ -6,8 +6,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from isd_ray.errors import UserError
-from isd_ray.sections import faults_of
 from isd_ray.study.spec import Study
+from isd_ray.values import faults_of
 
 SHOWN = 3  # places named of a fault that many share
 

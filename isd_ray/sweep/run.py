@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from isd_ray import session
-from isd_ray.config import Config, flatten, merge
+from isd_ray.config import flatten, merge, validate
 from isd_ray.ending import GOES_ON
 from isd_ray.errors import MachineError, UserError
 from isd_ray.messages import say
@@ -34,7 +34,7 @@ def sweep(
     before anything starts.
     """
     plan = check(space, given)
-    folder = RunFolder(run_uri(Config(name=name, output=output)))
+    folder = RunFolder(run_uri(validate({"name": name, "output": output})))
     try:
         outcome = _searched(plan, folder, name)
     except OSError as error:  # from a task of Ray's, a whole traceback that ends with it

@@ -27,9 +27,12 @@ from optuna.distributions import (
 )
 from pydantic import Field, ValidationError
 
-from isd_ray.config import Config, merge, read_yaml, resolve
-from isd_ray.errors import UserError, nearest
-from isd_ray.sections import Section, faults_of
+from isd_ray.config import Config, merge, resolve
+from isd_ray.definitions import file_or_name
+from isd_ray.errors import UserError, listed, nearest
+from isd_ray.sections import Section
+from isd_ray.values import faults_of
+from isd_ray.yaml_files import read_mapping
 
 RANGES = ("uniform", "loguniform", "loguniform_below_one", "int", "logint")
 LARGEST, MOST_STEPS = 2**53, 10**6  # beyond the first, floats skip whole numbers
@@ -198,11 +201,10 @@ class Space(Section):
 
 def read_space(path: str | Path) -> Space:
     """Read the file; raises UserError that lists what is no part of a space. `check` knows the rest."""
-    content = read_yaml(path)
     try:
-        return Space(**{str(name): value for name, value in content.items()})
+        return Space(**read_mapping(file_or_name("tune_spaces", str(path)), "space"))
     except ValidationError as error:
-        raise UserError(f"space {path}: " + "; ".join(faults_of(Space, error))) from None
+        raise UserError(f"space {path}: " + listed(faults_of(Space, error))) from None
 
 
 def parse_dimension(name: str, text: Any) -> Dimension:
