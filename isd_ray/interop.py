@@ -88,8 +88,12 @@ def export_backbone(
     CIFAR stem needs the same stem on the other side. The file appears whole or not at all.
     """
     state = {key: value.detach().cpu().contiguous() for key, value in backbone.state_dict().items()}
-    metadata = {key: str(getattr(backbone, key)) for key in ("arch", "stem", "dim", "image_size")}
-    metadata |= {"mean": json.dumps(list(mean)), "std": json.dumps(list(std))}
+    metadata = {key: str(getattr(backbone, key)) for key in ("arch", "dim", "image_size")}
+    metadata |= {
+        "stem": str(backbone.stem_kind),
+        "mean": json.dumps(list(mean)),
+        "std": json.dumps(list(std)),
+    }
     unfinished = Path(f"{os.fspath(path)}.part")
     save_file(state, unfinished, metadata=metadata)
     unfinished.replace(path)

@@ -2,7 +2,7 @@
 
 `Progress` answers the questions of somebody in front of a terminal or a job's log: how far, how fast, is the
 data pipeline the bottleneck, does the loss fall, when is it done. `MetricsWriter` keeps the same numbers as
-JSON lines and TensorBoard, without repeated or missing steps when a run is resumed. Rank 0 alone uses them.
+JSON lines, without repeated or missing steps when a run is resumed. Rank 0 alone uses them.
 
 A *step* counts finished optimiser steps of the whole run: the first call after a fresh start is step 1, after
 a resume from step s it is s + 1.
@@ -132,15 +132,15 @@ def duration(seconds: float) -> str:
 
 
 class MetricsWriter:
-    """Write rows to `<folder>/metrics.jsonl`, one JSON object a line, and scalars to `<folder>/tensorboard`.
+    """Write rows to `<folder>/metrics.jsonl`, one JSON object a line.
 
     `folder` is a local path or any `pyarrow.fs` URI. On a resume from step s (`start_step=s`), lines of later
     steps and a line that was torn by a kill are dropped first, so nothing appears twice. A local file grows
-    line by line. A remote one is written whole at `flush`, because object stores do not append; TensorBoard
-    is written to local folders only. NaN and infinities become null, which every JSON reader accepts.
+    line by line. A remote one is written whole at `flush`, because object stores do not append.
+    NaN and infinities become null, which every JSON reader accepts.
     """
 
-    def __init__(self, folder: str | Path, start_step: int = 0, tensorboard: bool = True):
+    def __init__(self, folder: str | Path, start_step: int = 0):
         self.filesystem, root = _filesystem(folder)
         self.filesystem.create_dir(root, recursive=True)
         self.path = f"{root}/metrics.jsonl"
@@ -148,9 +148,6 @@ class MetricsWriter:
         self.local = isinstance(self.filesystem, fs.LocalFileSystem)
         self._write_whole()
         self.file = Path(self.path).open("a") if self.local else None  # noqa: SIM115
-        self.board = (
-            _summary_writer(f"{root}/tensorboard", start_step) if tensorboard and self.local else None
-        )
 
     def write(self, row: Row) -> None:
         """Add one row; it needs `step` and gets `time`, in seconds since 1970."""
@@ -162,14 +159,9 @@ class MetricsWriter:
             self.file.flush()
         else:
             self.lines.append(line)
-        for name, value in row.items():
-            if self.board and name != "step" and _is_number(value):
-                self.board.add_scalar(name, value, row["step"])
 
     def flush(self) -> None:
         """Make everything visible to readers; call it with each checkpoint. Remote: writes the whole file."""
-        if self.board:
-            self.board.flush()
         if not self.file:
             self._write_whole()
 
@@ -178,8 +170,6 @@ class MetricsWriter:
         self.flush()
         if self.file:
             self.file.close()
-        if self.board:
-            self.board.close()
 
     def _read(self) -> Iterator[Row]:
         if self.filesystem.get_file_info(self.path).type == fs.FileType.NotFound:
@@ -213,16 +203,6 @@ def _filesystem(folder: str | Path) -> tuple[fs.FileSystem, str]:
             ) from None
         return filesystem, path.rstrip("/")
     return fs.LocalFileSystem(), str(Path(folder).absolute())
-
-
-def _summary_writer(folder: str, start_step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
-    return SummaryWriter(folder, purge_step=start_step + 1 if start_step else None)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | Tensor) and not isinstance(value, bool)
 
 
 def _finite(value: Any) -> Any:
