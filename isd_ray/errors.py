@@ -1,11 +1,19 @@
-"""Errors that a user can mend: one line that names the thing and the remedy."""
+"""Errors that a person can mend: one line that names the thing and the remedy."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake in the input, said in one line. The jobs print it and exit with code 2."""
+    """A mistake in the input, said in one line. A job prints it and ends with `exit_code`."""
+
+    exit_code = 2
+
+
+class MachineError(UserError):
+    """The input is good; disk, store, network, memory or a process failed. The same command may go on."""
+
+    exit_code = 3
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

@@ -13,14 +13,27 @@ DRIVER_CPUS = 0.001  # of a run with workers
 
 
 def room(
-    what: str, cpus: int, gpus: float | None = None, concurrent: int | None = None, workers: int = 0
+    what: str,
+    cpus: int,
+    gpus: float | None = None,
+    concurrent: int | None = None,
+    workers: int = 0,
+    autoscale: bool = False,
 ) -> tuple[int, float]:
     """Return (runs at once, GPUs of a run or of each of its workers).
 
     what: the name of a run in messages. cpus, gpus: of a run, or of each of its `workers`, which are on one node each;
-    gpus None: one where the cluster has any. concurrent: how many runs are asked for; None: as many as fit. Raises
-    UserError where the cluster can never hold one, or not as many at once.
+    gpus None: one where the cluster has any. concurrent: how many runs are asked for; None: as many as fit. autoscale:
+    the cluster may bring more nodes than are up, so that what fits cannot be known and must be said. Raises UserError
+    where the cluster can never hold one, or not as many at once.
     """
+    if autoscale:
+        if concurrent is None or gpus is None:
+            raise UserError(
+                "--train.autoscale: give resources.concurrent and resources.gpus, since what fits on nodes that are "
+                "not up yet is not known"
+            )
+        return concurrent, gpus
     have = ray.cluster_resources()
     all_cpus, all_gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
     share = gpus if gpus is not None else min(all_gpus, 1.0)

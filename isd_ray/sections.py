@@ -265,6 +265,12 @@ class TrainConfig(Section):
         60.0, ge=0, description="At least this many seconds between checkpoints"
     )
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept")
+    start_seconds: float = Field(
+        1800.0, ge=60, le=1e6, description="Seconds to wait until the cluster has room for the workers"
+    )
+    autoscale: bool = Field(
+        False, description="The cluster may bring more nodes than are up now: ask for them and wait"
+    )
     max_failures: int = Field(0, ge=-1, description="Restarts after a worker died; -1 for no limit")
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayError
 
-from isd_ray.errors import UserError
+from isd_ray.ending import first_line, hear_sigterm
+from isd_ray.errors import MachineError, UserError, printable
 
 PACKAGE = Path(__file__).parent
 OBJECT_STORE_BYTES = 2 * 2**30
@@ -34,22 +35,37 @@ def start_ray(address: str | None = None, workers: int = 0) -> None:
     if ray.is_initialized():
         return
     address = address or os.environ.get("RAY_ADDRESS")
-    if not address:
-        os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    if address:
+        _join(address)
+    else:
+        _start(workers)
+    hear_sigterm()
+
+
+def _start(workers: int) -> None:
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    try:
         ray.init(
             address="local",  # else Ray would join a cluster that somebody else has started on this machine
             num_cpus=max(os.cpu_count() or 1, workers + DATA_CPUS),
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
             logging_level=logging.ERROR,
-            log_to_driver=False,  # workers' lines for the user come through train.cluster.Printer
+            log_to_driver=False,  # workers' lines for the user come through train.lines.Printer
         )
-        return
+    except (RayError, RuntimeError, OSError, ValueError) as error:
+        raise MachineError(
+            f"Ray did not start on this machine ({first_line(error)[:300]}); free memory, processes or disk, and "
+            "see the newest logs under the system's temporary folder, ray/session_latest/logs"
+        ) from None
+
+
+def _join(address: str) -> None:
     try:
         package = None if inside_job() else {"py_modules": [str(PACKAGE)]}
         ray.init(address=address, runtime_env=package, logging_level=logging.ERROR, log_to_driver=False)
-    except (ConnectionError, RayError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (ConnectionError, RayError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"no Ray answers at {address} ({reason}); start one with 'ray start --head'"
+            f"no Ray answers at {printable(address)[:200]} ({first_line(error)[:300]}); start one with 'ray start "
+            "--head'"
         ) from None

@@ -7,21 +7,19 @@ Options of a run (`jobs/pretrain.py --help`) hold for every run. A study that wa
 is given again: finished runs stay as they are, failed ones are tried again.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job's copy of the project is not installed
 
 from isd_ray.config import read_options, read_yaml
-from isd_ray.errors import UserError
+from isd_ray.ending import DONE, FOUND, run_job
+from isd_ray.messages import Arguments
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Arguments:
     """The options that are the study's own."""
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    options = Arguments(__doc__)
     options.add_argument("--study", required=True, help="YAML file of the study")
     options.add_argument("--name", help="name of the study (default: the file's)")
     options.add_argument(
@@ -32,22 +30,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the job; 0: done, 1: some runs failed, 2: a mistake in the study, the options or the data, 130: Ctrl-C."""
+    """Run the job; 1 where some runs failed, else the exit codes of isd_ray.ending."""
     given, rest = parser().parse_known_args(arguments)
-    try:
-        from isd_ray.study.run import compare
+    from isd_ray.study.run import compare
 
-        content, options = read_yaml(given.study), read_options(rest, "jobs/compare.py")
-        name = given.name or Path(given.study).stem
-        outcome = compare(content, name, given.output, options, given.report_only)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
-    return 1 if outcome.failed else 0
+    content, options = read_yaml(given.study), read_options(rest, "jobs/compare.py")
+    name = Path(given.study).stem if given.name is None else given.name
+    outcome = compare(content, name, given.output, options, given.report_only)
+    return FOUND if outcome.failed else DONE
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_job(main, sys.argv[1:]))

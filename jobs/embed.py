@@ -5,15 +5,15 @@ python jobs/embed.py --run runs/NAME --network teacher --dataset cifar10 --root 
 python jobs/embed.py --weights moco.pth --backbone resnet50 --encoder encoder_q --shards s3://set/train --out out
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job's copy of the project is not installed
 
-from isd_ray.errors import UserError
+from isd_ray.ending import run_job
+from isd_ray.messages import Arguments, say
 
-PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+PARSER = Arguments(__doc__)
 network = PARSER.add_mutually_exclusive_group(required=True)
 network.add_argument("--run", help="folder or URI of a run")
 network.add_argument("--weights", help="file of weights: backbone.safetensors of a run, .safetensors or .pth")
@@ -38,17 +38,13 @@ option("--max-bad", type=float, default=0.01, help="largest share of broken imag
 
 
 def main(arguments: list[str]) -> int:
-    """Run the job; 0 when it is done, 2 for a mistake in the options or the data."""
+    """Run the job; the exit codes are those of isd_ray.ending."""
     given = PARSER.parse_args(arguments)
-    try:
-        from isd_ray.train.encoder import embed_job
+    from isd_ray.train.encoder import embed_job
 
-        print(embed_job(**vars(given)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    say(embed_job(**vars(given)))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_job(main, sys.argv[1:]))

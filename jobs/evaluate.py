@@ -11,14 +11,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job's copy of the project is not installed
 
-from isd_ray.errors import UserError
+from isd_ray.ending import run_job
+from isd_ray.messages import Arguments
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Arguments:
     """The options."""
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    options = Arguments(__doc__)
     options.add_argument("run", help="folder or URI of the run")
     options.add_argument("--checkpoint", help="name of a checkpoint of the run (default: the newest)")
     options.add_argument("--bank", choices=["auto", "balanced", "train"], help="labelled bank of kNN")
@@ -34,24 +33,23 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--shards", help="folder or URI of the shards, where they moved since the run")
     options.add_argument("--root", help="folder of the raw data set, where it moved since the run")
+    options.add_argument(
+        "--address", help="address of a running Ray cluster (default: RAY_ADDRESS, else local)"
+    )
     return options
 
 
 def main(arguments: list[str]) -> int:
-    """Run the job; 0 when it is done, 2 for a mistake in the options or the data."""
+    """Run the job; the exit codes are those of isd_ray.ending."""
     given = parser().parse_args(arguments)
-    try:
-        from isd_ray.train.trainer import evaluate, print_result
+    from isd_ray.train.trainer import evaluate, print_result
 
-        options = {"bank": given.bank, "linear": given.linear, "baselines": given.baselines}
-        options |= {"protocols": given.protocols, "transfer_root": given.transfer_root}
-        places = {"shards": given.shards, "root": given.root}
-        print_result(evaluate(given.run, given.checkpoint, options, places))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options = {"bank": given.bank, "linear": given.linear, "baselines": given.baselines}
+    options |= {"protocols": given.protocols, "transfer_root": given.transfer_root}
+    places = {"shards": given.shards, "root": given.root}
+    print_result(evaluate(given.run, given.checkpoint, options, places, given.address))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_job(main, sys.argv[1:]))

@@ -9,7 +9,6 @@
 Run it again after a stop: whole shards are kept. Use the result with `--data.shards shards/photos`.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -19,10 +18,12 @@ from isd_ray.data import files, index
 from isd_ray.data.packed import SLOW
 from isd_ray.data.shards import index_only, make_shards
 from isd_ray.data.verify import verify_shards
+from isd_ray.ending import DONE, FOUND, run_job
 from isd_ray.errors import UserError
+from isd_ray.messages import Arguments, say
 
 SHOWN = 50  # findings that are printed
-PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+PARSER = Arguments(__doc__)
 what = PARSER.add_mutually_exclusive_group(required=True)
 what.add_argument("--source", help="image folder, Parquet file or glob, folder of tars, torchvision:NAME")
 what.add_argument("--index-only", metavar="URI", help="index the tars of this folder, in place")
@@ -43,24 +44,36 @@ option("--label-column", default="label", help="Parquet column of labels (label)
 option("--classes", help="with --index-only: text file of class names, one a line")
 
 
-def main() -> None:
-    options = vars(PARSER.parse_args())
+def main(arguments: list[str]) -> int:
+    """Run the job; 1 where --verify found something, else the exit codes of isd_ray.ending."""
+    options = vars(PARSER.parse_args(arguments))
     uri, source, names = options.pop("index_only"), options.pop("source"), options.pop("classes")
     folder = options.pop("verify")
     if folder:
-        sys.exit(verify(folder, options["workers"]))
+        return verify(folder, options["workers"])
+    if names and not uri:
+        raise UserError("--classes goes with --index-only; other sources know their classes")
     if uri:
-        classes = files.read_bytes(names).decode().splitlines() if names else None
-        table = index_only(uri, classes, options["workers"], options["max_bad"])
+        table = index_only(uri, read_names(names), options["workers"], options["max_bad"])
         if packed := index.packed_shards(table):
-            print(f"note: {packed} shards are compressed; {SLOW}")
+            say(f"note: {packed} shards are compressed; {SLOW}")
     elif options["out"]:
         table = make_shards(source, quiet=False, **options)
     else:
         raise UserError("--source needs --out: the folder that gets the shards")
-    print(
-        f"{len(table)} images of {len(index.classes(table))} classes: {index.root(table)}/{index.FILE_NAME}"
-    )
+    place = files.join(index.root(table), index.FILE_NAME)
+    say(f"{len(table)} images of {len(index.classes(table))} classes: {place}")
+    return DONE
+
+
+def read_names(path: str | None) -> list[str] | None:
+    """Read the names of the classes, one a line."""
+    if path is None:
+        return None
+    try:
+        return files.read_bytes(path).decode().splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"--classes {path}: the file is not UTF-8 text; save it as UTF-8") from None
 
 
 def verify(folder: str, workers: int | None) -> int:
@@ -68,20 +81,16 @@ def verify(folder: str, workers: int | None) -> int:
     report = verify_shards(folder, workers=workers, quiet=False)
     for finding in report.findings[:SHOWN]:
         place = finding["shard"] if finding["key"] is None else f"{finding['shard']} {finding['key']}"
-        print(f"{place}: {finding['reason']}")
+        say(f"{place}: {finding['reason']}")
     if len(report.findings) > SHOWN:
-        print(f"... and {len(report.findings) - SHOWN} more")
+        say(f"... and {len(report.findings) - SHOWN} more")
     found = f"{len(report.findings)} findings" if report.findings else "nothing wrong"
-    print(
+    say(
         f"{report.shards} shards, {report.decoded} of {report.images} images decoded, "
         f"{report.bytes / 1e6:,.1f} MB: {found}"
     )
-    return 1 if report.findings else 0
+    return FOUND if report.findings else DONE
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"make_shards: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_job(main, sys.argv[1:]))

@@ -10,21 +10,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job's copy of the project is not installed
 
 from isd_ray.config import parse
-from isd_ray.errors import UserError
+from isd_ray.ending import run_job
 
 
 def main(arguments: list[str]) -> int:
-    """Run the job; 0 when it is done, 2 for a mistake in the options or the data."""
-    try:
-        config = parse(arguments, program="jobs/pretrain.py")
-        from isd_ray.train.trainer import pretrain, print_result
+    """Run the job; the exit codes are those of isd_ray.ending."""
+    config = parse(arguments, program="jobs/pretrain.py")
+    from isd_ray.train.trainer import pretrain, print_result
 
-        print_result(pretrain(config))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    print_result(pretrain(config))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_job(main, sys.argv[1:]))

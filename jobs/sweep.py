@@ -7,21 +7,20 @@ Options of a run (`jobs/pretrain.py --help`) hold for every trial. A sweep that 
 command is given again; with more --trials it goes further.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job's copy of the project is not installed
 
 from isd_ray.config import read_options
+from isd_ray.ending import DONE, run_job
 from isd_ray.errors import UserError
+from isd_ray.messages import Arguments
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Arguments:
     """The options that are the sweep's own."""
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    options = Arguments(__doc__)
     options.add_argument("--space", required=True, help="YAML file of the search space")
     options.add_argument("--name", help="name of the sweep (default: sweep- and the file's name)")
     options.add_argument(
@@ -32,27 +31,21 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the job; 0 when it is done, 2 for a mistake in the space, the options or the data, 130 after Ctrl-C."""
+    """Run the job; the exit codes are those of isd_ray.ending."""
     given, rest = parser().parse_known_args(arguments)
-    try:
-        from isd_ray.sweep.run import sweep
-        from isd_ray.sweep.space import read_space
+    from isd_ray.sweep.run import sweep
+    from isd_ray.sweep.space import read_space
 
-        space = read_space(given.space)
-        if given.trials is not None:
-            if given.trials < 1:
-                raise UserError(f"--trials {given.trials}: give 1 or more")
-            space.budget.trials = given.trials
-        options = read_options(rest, "jobs/sweep.py")
-        sweep(space, given.name or f"sweep-{Path(given.space).stem}", given.output, options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    space = read_space(given.space)
+    if given.trials is not None:
+        if given.trials < 1:
+            raise UserError(f"--trials {given.trials}: give 1 or more")
+        space.budget.trials = given.trials
+    options = read_options(rest, "jobs/sweep.py")
+    name = f"sweep-{Path(given.space).stem}" if given.name is None else given.name
+    sweep(space, name, given.output, options)
+    return DONE
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_job(main, sys.argv[1:]))

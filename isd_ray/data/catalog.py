@@ -15,8 +15,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import isd_ray
+from isd_ray import definitions
 from isd_ray.data import index
-from isd_ray.data.files import DATASETS, AbsentError, absolute, exists, is_folder, join
+from isd_ray.data.files import AbsentError, absolute, exists, is_folder, join
 from isd_ray.data.imbalance import subset
 from isd_ray.data.shards import make_shards
 from isd_ray.errors import UserError, nearest, printable
@@ -86,7 +87,7 @@ class Splits(NamedTuple):
 
 def names() -> list[str]:
     """Return the names of the data sets that are defined."""
-    return sorted(p.stem for p in DATASETS.glob("*.yaml"))
+    return definitions.names("datasets")
 
 
 def load_definition(name: str) -> Definition:
@@ -95,9 +96,7 @@ def load_definition(name: str) -> Definition:
     Raises:
         UserError: unknown name, or a mistake in the file.
     """
-    if name not in names():
-        raise UserError(f"unknown data set '{name}'.{nearest(name, names())} Known: {', '.join(names())}")
-    return parse_definition((DATASETS / f"{name}.yaml").read_text(), name)
+    return parse_definition(definitions.find("datasets", name).read_text(), name)
 
 
 def parse_definition(text: str, name: str) -> Definition:

@@ -8,6 +8,7 @@ name only when they are whole.
 import fnmatch
 import os
 import posixpath
+import re
 import shutil
 import tempfile
 import time
@@ -20,10 +21,11 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from isd_ray.data.store import retry, without_keys
-from isd_ray.errors import UserError, printable
+from isd_ray.ending import broken
+from isd_ray.errors import UserError
 
 T = TypeVar("T")
-DATASETS = Path(__file__).parents[2] / "datasets"
+OURS = re.compile(r"\..+\.[0-9a-f]{8}\.part")  # names of the part files of `write_whole`
 
 
 class AbsentError(UserError):
@@ -81,7 +83,7 @@ def _ask(call: Callable[[], T], filesystem: pafs.FileSystem, uri: str) -> T:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise UserError(f"cannot read '{without_keys(uri)}': {printable(str(error))[:300]}") from error
+        raise broken(without_keys(uri), error) from error
 
 
 def info(uri: str) -> pafs.FileInfo:
@@ -175,12 +177,15 @@ def write_whole(uri: str, write: Callable[[str], None]) -> None:
     filesystem, path = open_filesystem(uri)
     folder, name = posixpath.split(path)
     part = posixpath.join(folder, f".{name}.{uuid.uuid4().hex[:8]}.part")
-    retry(lambda: filesystem.create_dir(folder, recursive=True), filesystem, uri)
-    if isinstance(filesystem, pafs.LocalFileSystem):
-        _fill(part, write)
-    else:
-        _upload(filesystem, part, write)
-    retry(lambda: filesystem.move(part, path), filesystem, uri)
+    try:
+        retry(lambda: filesystem.create_dir(folder, recursive=True), filesystem, uri)
+        if isinstance(filesystem, pafs.LocalFileSystem):
+            _fill(part, write)
+        else:
+            _upload(filesystem, part, write)
+        retry(lambda: filesystem.move(part, path), filesystem, uri)
+    except OSError as error:
+        raise broken(without_keys(uri), error) from error
 
 
 def _fill(path: str, write: Callable[[str], None]) -> None:
@@ -207,10 +212,5 @@ def remove_stale_parts(uri: str, older_than: float = 3600.0) -> None:
     """Delete part files of killed runs in the folder `uri`, once untouched for `older_than` seconds."""
     filesystem, folder = open_filesystem(uri)
     for info in filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True)):
-        name = info.base_name
-        if (
-            name.startswith(".")
-            and name.endswith(".part")
-            and info.mtime_ns < (time.time() - older_than) * 1e9
-        ):
+        if OURS.fullmatch(info.base_name) and info.mtime_ns < (time.time() - older_than) * 1e9:
             filesystem.delete_file(info.path)

@@ -18,7 +18,8 @@ import numpy as np
 import pyarrow as pa
 import yaml
 
-from isd_ray.data.files import DATASETS, read_bytes
+from isd_ray import definitions
+from isd_ray.data.files import read_bytes
 from isd_ray.data.index import class_counts, classes, labels
 from isd_ray.errors import UserError, nearest
 
@@ -283,7 +284,7 @@ def _published(names: Sequence[str], split: str) -> np.ndarray:
 @lru_cache
 def published_classes() -> dict[str, dict[str, str]]:
     """Return {"D1": {"large": "01498041 ...", "small": "..."}, ...} from datasets/isd_8_30.yaml."""
-    return yaml.safe_load((DATASETS / "isd_8_30.yaml").read_text())["class_lists"]
+    return yaml.safe_load(definitions.find("datasets", "isd_8_30").read_text())["class_lists"]
 
 
 def _balanced(

@@ -14,7 +14,7 @@ from typing import TypeVar
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from isd_ray.errors import UserError, printable
+from isd_ray.errors import MachineError, printable
 
 TRIES = 5  # the four waits between them add up to about WAIT * 15
 WAIT = 0.5  # seconds before the second try; doubled before each further one
@@ -23,7 +23,7 @@ _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryEr
 T = TypeVar("T")
 
 
-class StoreError(UserError):
+class StoreError(MachineError):
     """A remote store did not answer in all tries. It says nothing about the data, so no image counts as broken."""
 
 

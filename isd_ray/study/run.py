@@ -8,14 +8,16 @@ import yaml
 
 from isd_ray import session
 from isd_ray.config import Config, flatten, merge
-from isd_ray.errors import UserError
+from isd_ray.ending import GOES_ON, first_line
+from isd_ray.errors import MachineError, UserError
+from isd_ray.messages import say
 from isd_ray.room import local_cpus, room
 from isd_ray.study import report, results, work
 from isd_ray.study.check import Plan, check
 from isd_ray.study.spec import Cell
-from isd_ray.sweep.journal import only_driver
+from isd_ray.train.claim import claimed
 from isd_ray.train.folder import RunFolder
-from isd_ray.train.trainer import run_uri, say
+from isd_ray.train.trainer import run_uri
 
 
 def compare(
@@ -36,15 +38,14 @@ def compare(
     try:
         outcome = _compared(plan, folder, name, report_only)
     except OSError as error:
-        raise UserError(f"{folder.uri}: {error}; mend that, and the same command goes on") from error
+        raise MachineError(f"{folder.uri}: {first_line(error)}; mend that, and {GOES_ON}") from error
     _print_outcome(outcome, folder)
     return outcome
 
 
 def _compared(plan: Plan, folder: RunFolder, name: str, report_only: bool) -> results.Outcome:
     """Run and report in the folder, which no other process may work on meanwhile."""
-    lock = only_driver(folder, "study")
-    try:
+    with claimed(folder, "study"):
         work.check_cells(plan, folder)
         if not report_only:
             _run(plan, folder)
@@ -54,9 +55,6 @@ def _compared(plan: Plan, folder: RunFolder, name: str, report_only: bool) -> re
             raise UserError(f"{folder.uri}: no cell is finished ({'; '.join(reasons) or 'none was started'})")
         results.write(outcome, folder)
         report.write(outcome, folder, name)
-    finally:
-        if lock:
-            lock.close()
     return outcome
 
 
@@ -74,8 +72,9 @@ def _local_cpus(content: Mapping[str, Any], given: Mapping[str, Any]) -> int:
 
 def _run(plan: Plan, folder: RunFolder) -> None:
     resources = plan.study.resources
-    workers = max(plan.config(cell).train.workers for cell in plan.cells)
-    concurrent, gpus = room("cell", resources.cpus, resources.gpus, resources.concurrent, workers)
+    trains = [plan.config(cell).train for cell in plan.cells]
+    workers, autoscale = max(t.workers for t in trains), any(t.autoscale for t in trains)
+    concurrent, gpus = room("cell", resources.cpus, resources.gpus, resources.concurrent, workers, autoscale)
     folder.write("study.yaml", yaml.safe_dump(plan.written(), sort_keys=False).encode())
     say(f"study folder: {folder.uri}")
     left = work.jobs(plan, folder)
@@ -124,4 +123,4 @@ def _print_outcome(outcome: results.Outcome, folder: RunFolder) -> None:
         say(f"- {sentence}")
     for run in outcome.failed:
         say(f"failed: {run.cell.name}: {run.failure}")
-    say(f"results: {folder.uri}/{results.FILE} and {folder.uri}/{report.FOLDER}/index.html")
+    say(f"results: {folder.place(results.FILE)} and {folder.place(report.FOLDER, 'index.html')}")

@@ -7,20 +7,20 @@ from typing import Any
 
 import ray
 import torch
-import yaml
 
 from isd_ray.config import Config, validate
 from isd_ray.data.catalog import Splits
-from isd_ray.errors import UserError
+from isd_ray.ending import why_it_died
+from isd_ray.errors import MachineError, UserError
 from isd_ray.room import DRIVER_CPUS
 from isd_ray.study.check import Plan
 from isd_ray.study.faults import Faults
 from isd_ray.study.pictures import make_pictures, read_pictures
 from isd_ray.study.spec import Cell, Pictures
 from isd_ray.study.subsets import opener
-from isd_ray.train.cluster import WorkerDied, release_orphans, why_it_died
+from isd_ray.train.cluster import WorkerDied, release_orphans
 from isd_ray.train.failure import FAILURE, leave_failure
-from isd_ray.train.folder import RunFolder
+from isd_ray.train.folder import RunFolder, read_saved
 from isd_ray.train.trainer import check_same, prepare_run, run_prepared
 
 RESULT = "result.json"
@@ -46,12 +46,12 @@ class Job:
 
 def cells_folder(folder: RunFolder) -> str:
     """Return where the runs of a study lie."""
-    return f"{folder.uri}/cells"
+    return folder.place("cells")
 
 
 def cell_folder(folder: RunFolder, cell: Cell) -> RunFolder:
     """Return the run folder of a cell."""
-    return RunFolder(f"{cells_folder(folder)}/{cell.name}")
+    return folder.sub("cells", cell.name)
 
 
 def shown(plan: Plan) -> list[Cell]:
@@ -77,7 +77,7 @@ def check_cells(plan: Plan, folder: RunFolder) -> None:
             continue
         if run.exists(RESULT):
             now = config.evaluate.model_dump(exclude=set(HOW_FAST))
-            before = yaml.safe_load(run.read("config.yaml")).get("evaluate", {})
+            before = read_saved(run).get("evaluate", {})
             changed = [
                 f"evaluate.{k} was {before.get(k)!r}, now {v!r}" for k, v in now.items() if before.get(k) != v
             ]
@@ -111,6 +111,8 @@ def run(plan: Plan, folder: RunFolder, concurrent: int, gpus: float, notify: Not
             notify("started", job.cell, None)
             try:
                 live[_start(plan, folder, job, gpus, open_once)] = job
+            except MachineError:
+                raise
             except UserError as error:
                 notify("ended", job.cell, leave_failure(cell_folder(folder, job.cell), error))
         if not live:

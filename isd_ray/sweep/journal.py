@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any
+from typing import Any
 
 from optuna.storages.journal import BaseJournalBackend
 
@@ -35,7 +35,7 @@ class FolderJournal(BaseJournalBackend):
         for number, line in enumerate(self.lines, 1):
             if not _is_whole(line) or not _is_number(number, json.loads(line)):
                 raise UserError(
-                    f"{folder.uri}/{FILE}: line {number} is damaged or one before it is missing; put the file back as "
+                    f"{folder.place(FILE)}: line {number} is damaged or one before it is missing; put the file back as "
                     "it was, cut it before this line, or choose another --name"
                 )
             self.entries += json.loads(line)
@@ -96,24 +96,3 @@ def _is_whole(line: str) -> bool:
     except ValueError:
         return False
     return line.endswith("\n")
-
-
-def only_driver(folder: RunFolder, what: str = "sweep") -> IO[str] | None:
-    """Hold the folder for this process until it ends, however it ends; None where the folder is not local.
-
-    Raises UserError while another process holds it.
-    """
-    if not folder.local:
-        return None
-    import fcntl  # not on Windows, where Ray's clusters are not supported either
-
-    folder.filesystem.create_dir(folder.path, recursive=True)
-    file = open(f"{folder.path}/driver.lock", "a")  # noqa: SIM115 (the lock lasts as long as the file is open)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise UserError(
-            f"{folder.uri}: another process works on this {what}; wait for it, or choose another --name"
-        ) from None
-    return file

@@ -33,7 +33,7 @@ def _head(plan: Plan, folder: RunFolder, name: str, outcome: Outcome) -> Iterato
     )
     yield f"Default (trial 0): {against}.</p>"
     yield f"<p>{_verdict(outcome)}</p>"
-    command = html.escape(f"python jobs/pretrain.py --config {folder.uri}/best.yaml")
+    command = html.escape(f"python jobs/pretrain.py --config {folder.place('best.yaml')}")
     yield f"<p>Run it on all training images: <code>{command}</code></p>"
     if outcome.front:
         yield f"<p>Pareto front: {', '.join(f'trial {t.number}' for t in outcome.front)}.</p>"

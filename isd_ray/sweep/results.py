@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from isd_ray.config import merge, resolve, to_yaml
 from isd_ray.errors import UserError
 from isd_ray.sweep.check import Plan
-from isd_ray.sweep.search import Search
+from isd_ray.sweep.search import Search, trial_uri
 from isd_ray.train.failure import FAILURE
 from isd_ray.train.folder import RunFolder
 from isd_ray.train.validation import read_rows
@@ -154,7 +154,7 @@ def _trial(search: Search, frozen: FrozenTrial) -> Trial:
     seconds = frozen.duration.total_seconds() if frozen.duration else None
     return Trial(
         frozen.number, state, dict(attributes.get("values", {})), runs, curves, reason, seconds,
-        search.run_folder(frozen.number, 0).uri.rsplit("/", 1)[0],
+        trial_uri(search.folder.uri, frozen.number),
     )  # fmt: skip
 
 

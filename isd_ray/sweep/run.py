@@ -7,16 +7,19 @@ import yaml
 
 from isd_ray import session
 from isd_ray.config import Config, flatten, merge
-from isd_ray.errors import UserError
+from isd_ray.ending import GOES_ON
+from isd_ray.errors import MachineError, UserError
+from isd_ray.messages import say
 from isd_ray.room import local_cpus, room
 from isd_ray.sweep import report, results
 from isd_ray.sweep.check import Plan, check, resolved
-from isd_ray.sweep.journal import FILE, only_driver
+from isd_ray.sweep.journal import FILE
 from isd_ray.sweep.live import Board, short
 from isd_ray.sweep.search import Search
 from isd_ray.sweep.space import Space
+from isd_ray.train.claim import claimed
 from isd_ray.train.folder import RunFolder
-from isd_ray.train.trainer import FREE, FREE_SECTIONS, check_sizes, open_splits, run_uri, say
+from isd_ray.train.trainer import FREE, FREE_SECTIONS, check_sizes, open_splits, run_uri
 
 # Parts of a space that may change when a sweep is continued: they say how much is tried and where.
 FREE_PARTS = {"description", "confirm", "resources"}
@@ -36,7 +39,7 @@ def sweep(
         outcome = _searched(plan, folder, name)
     except OSError as error:  # from a task of Ray's, a whole traceback that ends with it
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        raise UserError(f"{folder.uri}: {reason}; mend that, and the same command goes on") from error
+        raise MachineError(f"{folder.uri}: {reason}; mend that, and {GOES_ON}") from error
     print_outcome(plan, folder, outcome)
     return outcome
 
@@ -45,8 +48,7 @@ def _searched(plan: Plan, folder: RunFolder, name: str) -> results.Outcome:
     """Search and write everything into the folder, which no other process may work on meanwhile."""
     from isd_ray.sweep import tune
 
-    lock = only_driver(folder)
-    try:
+    with claimed(folder, "sweep"):
         check_same(plan, folder)
         resources, workers = plan.space.resources, int(plan.base["train"].get("workers", 0))
         address = plan.base.get("address")
@@ -60,7 +62,14 @@ def _searched(plan: Plan, folder: RunFolder, name: str) -> results.Outcome:
             raise UserError(
                 f"the default breaks the constraint '{text}': there are {splits.train.num_rows:,} images"
             )
-        concurrent, gpus = room("trial", resources.cpus, resources.gpus, resources.concurrent, workers)
+        concurrent, gpus = room(
+            "trial",
+            resources.cpus,
+            resources.gpus,
+            resources.concurrent,
+            workers,
+            config.train.autoscale,
+        )
         folder.write("space.yaml", yaml.safe_dump(written(plan), sort_keys=False).encode())
         say(f"sweep folder: {folder.uri}")
         search = Search(plan, folder, splits.train.num_rows)
@@ -69,9 +78,6 @@ def _searched(plan: Plan, folder: RunFolder, name: str) -> results.Outcome:
         outcome = results.collect(search)
         results.write(plan, search, outcome)
         report.write(plan, folder, name, outcome)
-    finally:
-        if lock:
-            lock.close()
     return outcome
 
 
@@ -92,7 +98,7 @@ def check_same(plan: Plan, folder: RunFolder) -> None:
         before = _fixed(yaml.safe_load(folder.read("space.yaml")))
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError):
         raise UserError(
-            f"{folder.uri}/space.yaml is damaged; put it back, or choose another --name"
+            f"{folder.place('space.yaml')} is damaged; put it back, or choose another --name"
         ) from None
     now = _fixed(written(plan))
     changed = [
@@ -129,5 +135,5 @@ def print_outcome(plan: Plan, folder: RunFolder, outcome: results.Outcome) -> No
         {name: value for name, value in winner.values.items() if default.values.get(name) != value}
     )
     say("  " + "  ".join(f"--{name} {short(value)}" for name, value in flatten(changed).items()))
-    say(f"results: {folder.uri}/trials.parquet and report.html; the best one on all training images:")
-    say(f"  python jobs/pretrain.py --config {folder.uri}/best.yaml")
+    say(f"results: {folder.place('trials.parquet')} and report.html; the best one on all training images:")
+    say(f"  python jobs/pretrain.py --config {folder.place('best.yaml')}")

@@ -15,6 +15,7 @@ from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESample
 from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from isd_ray.data.files import join
 from isd_ray.errors import UserError
 from isd_ray.sweep.check import Plan
 from isd_ray.sweep.journal import FILE, FolderJournal
@@ -130,7 +131,7 @@ class Search:
 
     def run_folder(self, number: int, seed: int) -> RunFolder:
         """Return the folder of one run."""
-        return RunFolder(f"{trial_uri(self.folder.uri, number)}/seed-{seed}")
+        return RunFolder(join(trial_uri(self.folder.uri, number), f"seed-{seed}"))
 
     def goals_of(self, number: int, seed: int) -> list[float] | None:
         """Return the goals after the last epoch of one run [%]; None where it did not get there."""
@@ -159,7 +160,7 @@ class Search:
             Exception
         ) as error:  # Optuna replays the lines and stumbles, in many ways, over one that is missing
             raise UserError(
-                f"{self.folder.uri}/{FILE}: its lines do not fit together ({type(error).__name__}: {error}); put the "
+                f"{self.folder.place(FILE)}: its lines do not fit together ({type(error).__name__}: {error}); put the "
                 "file back as it was, or choose another --name"
             ) from error
 
@@ -252,7 +253,7 @@ class _Values(dict):
 
 def trial_uri(sweep: str, number: int) -> str:
     """Return the folder that holds the runs of one trial."""
-    return f"{sweep}/trials/{number:04d}"
+    return join(sweep, "trials", f"{number:04d}")
 
 
 def build_sampler(space: Space, number: int, at_random: bool = False) -> BaseSampler:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from isd_ray.config import Config, merge, resolve
+from isd_ray.data.files import join
 from isd_ray.sweep.check import Plan
 from isd_ray.sweep.search import Job, trial_uri
 from isd_ray.sweep.space import STATM
@@ -31,7 +32,7 @@ def run_job(
     those of before an interruption, and with the run's folder; it returns whether the job is to stop there.
     """
     for config in configs:
-        folder = RunFolder(f"{config.output}/{config.name}")
+        folder = RunFolder(join(config.output, str(config.name)))
         if folder.exists(FAILURE):
             folder.remove(FAILURE)  # of an attempt before this one
         with MemoryLimit(memory, folder):

@@ -17,12 +17,13 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from isd_ray.config import Config, validate
-from isd_ray.errors import UserError
+from isd_ray.ending import why_it_died
+from isd_ray.errors import MachineError, UserError
 from isd_ray.room import DRIVER_CPUS
 from isd_ray.sweep.check import Plan
 from isd_ray.sweep.search import DONE, Job, Search
 from isd_ray.sweep.trial import run_config, run_job
-from isd_ray.train.cluster import release_orphans, why_it_died
+from isd_ray.train.cluster import new_notes, release_orphans, remove_notes
 from isd_ray.train.failure import FAILURE
 from isd_ray.train.folder import RunFolder
 from isd_ray.train.trainer import open_splits, prepare_run
@@ -56,6 +57,7 @@ def run(plan: Plan, search: Search, concurrent: int, gpus: float, notify: Event)
     # With workers the driver takes next to nothing: they have a placement group of their own, which it could starve.
     takes = {"cpu": DRIVER_CPUS} if workers else {"cpu": float(resources.cpus), "gpu": gpus}
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's failure is told by `notify`
+    notes = search.folder.sub(new_notes(search.folder))
     name = f"tune-{os.getpid()}-{os.urandom(4).hex()}"
     tuner = tune.Tuner(
         tune.with_resources(trial, takes),
@@ -67,7 +69,8 @@ def run(plan: Plan, search: Search, concurrent: int, gpus: float, notify: Event)
         ),
         run_config=tune.RunConfig(
             name=name,
-            storage_path=f"{uri}/ray",
+            storage_path=notes.path,
+            storage_filesystem=notes.filesystem,
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=resources.retries),
             callbacks=[_Tidy()] if workers else [],
@@ -76,7 +79,7 @@ def run(plan: Plan, search: Search, concurrent: int, gpus: float, notify: Event)
     try:
         tuner.fit()
     finally:
-        search.folder.remove_folder("ray")  # Tune's own notes; ours are the journal and the run folders
+        remove_notes(search.folder)  # ours are the journal and the run folders
 
 
 def report_row(row: Row, run: RunFolder) -> bool:
@@ -141,6 +144,8 @@ class _Suggest(Searcher):
             jobs.notify("started", job, {})
             try:
                 runs = [jobs.prepared(job, seed).model_dump() for seed in job.seeds]
+            except MachineError:
+                raise
             except UserError as error:  # a setting that cannot work, like a batch larger than the data set
                 jobs.ended(job, str(error))
                 continue

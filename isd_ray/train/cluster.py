@@ -1,6 +1,7 @@
 """Ray Train, as this project uses it: the calls to its API, which still changes between versions, stand here."""
 
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -10,41 +11,67 @@ import ray
 import torch
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
 from ray.exceptions import RayActorError
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer, get_device
 from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_placement_group
-from ray.util.queue import Queue
 
 from isd_ray.config import Config
-from isd_ray.errors import UserError
+from isd_ray.ending import GOES_ON, root_of, why_it_died
+from isd_ray.errors import MachineError, UserError
 from isd_ray.train.folder import RunFolder
+from isd_ray.train.lines import Outbox, Printer, Tell
 from isd_ray.train.state import Worker
 
-Tell = Callable[[dict[str, Any]], bool]  # a row of validation.jsonl -> stop here?
+NOTES = ".ray-"  # beginning of the folder of Ray Train's or Tune's own notes; ours are the checkpoints
+START_SECONDS = 60  # that Ray Train waits for room for all workers before it asks the cluster once more
 
 
-class WorkerDied(Exception):
+class WorkerDied(MachineError):
     """The process of a worker ended before its work did; says why in one line."""
 
 
 def choose_device(config: Config) -> str:
-    """Return "cuda" or "cpu"; raises UserError when the workers ask for more than the cluster has."""
+    """Return "cuda" or "cpu"; raises UserError when the workers ask for more than the cluster has.
+
+    With `train.autoscale` more than the nodes that are up now may be asked for; where GPUs may come, the device must
+    be said.
+    """
     train, have = config.train, ray.cluster_resources()
     gpus, cpus = have.get("GPU", 0), _physical_cpus(have)
+    hint = "use %s; or, where the cluster's autoscaler can bring them, --train.autoscale true"
+    if train.autoscale:
+        if train.device == "auto" and not gpus:
+            raise UserError("--train.autoscale: no GPU is up now; say --train.device cuda, or cpu")
+        return "cuda" if gpus and train.device == "auto" else train.device
     if train.device == "cuda" and not gpus:
-        raise UserError("--train.device cuda: this cluster has no GPU; use --train.device cpu")
+        raise UserError(f"--train.device cuda: this cluster has no GPU; {hint % '--train.device cpu'}")
     if train.device != "cpu" and gpus:
-        if train.workers * train.gpus_per_worker > gpus:
+        taken = train.workers * train.gpus_per_worker
+        if taken > gpus:
             raise UserError(
-                f"--train.workers {train.workers}: they take {train.workers * train.gpus_per_worker:g} GPUs and this "
-                f"cluster has {gpus:g}; use fewer workers or a smaller --train.gpus_per_worker"
+                f"--train.workers {train.workers}: they take {taken:g} GPUs and this cluster has {gpus:g}; "
+                f"{hint % 'fewer workers or a smaller --train.gpus_per_worker'}"
             )
         return "cuda"
     if train.workers > cpus:
         raise UserError(
-            f"--train.workers {train.workers}: this cluster has {cpus:g} cores; use at most {cpus:g}"
+            f"--train.workers {train.workers}: this cluster has {cpus:g} cores; {hint % f'at most {cpus:g}'}"
         )
+    _require_cores(train.workers, train.threads)
     return "cpu"
+
+
+def _require_cores(workers: int, threads: int) -> None:
+    """Refuse threads that no node has cores for: Ray would wait for such a node for ever."""
+    nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    most = max(
+        (n for n in range(1, int(max(nodes)) + 1) if sum(cpus // n for cpus in nodes) >= workers), default=1
+    )
+    if workers and threads > most:
+        raise UserError(
+            f"--train.threads {threads}: {workers} workers with so many cores each do not fit on this cluster, whose "
+            f"nodes have {', '.join(f'{cpus:g}' for cpus in sorted(nodes, reverse=True)[:8])}; use at most {most}"
+        )
 
 
 def default_threads(workers: int) -> int:
@@ -68,7 +95,13 @@ def run_workers(
     Raises WorkerDied where a process ended instead.
     tell: called here with what rank 0 tells; where it answers True, all workers stop training there.
     """
-    printer = None if config.train.workers == 0 else Printer(tell)
+    train = config.train
+    threads = train.threads or default_threads(train.workers)
+    resources = {"CPU": 1.0, "GPU": train.gpus_per_worker} if device == "cuda" else {"CPU": float(threads)}
+    asked = (
+        f"{train.workers} workers with {' and '.join(f'{n:g} {unit}' for unit, n in resources.items())} each"
+    )
+    printer = None if train.workers == 0 else Printer(tell, waits_for=f"room on the cluster for {asked}")
     lines, answers = (printer.lines, printer.answers) if printer else (None, None)
     direct = [None if printer else tell]  # a `tell` of this process does not travel to workers
 
@@ -82,11 +115,11 @@ def run_workers(
             where = get_device() if device == "cuda" else torch.device(device)
             rank, world = context.get_world_rank(), context.get_world_size()
             worker = Worker(rank, world, where, cast(TextIO, out), None if answers is None else out.tell)
+            out.begin()
         function(config, RunFolder(folder.uri), worker)
 
-    train = config.train
-    threads = train.threads or default_threads(train.workers)
-    resources = {"CPU": 1.0, "GPU": train.gpus_per_worker} if device == "cuda" else {"CPU": float(threads)}
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(START_SECONDS)
+    notes = folder.sub(new_notes(folder))
     trainer = TorchTrainer(
         worker_loop,
         train_loop_config={},
@@ -97,79 +130,70 @@ def run_workers(
         ),
         run_config=RunConfig(
             name=f"attempt-{os.getpid()}-{os.urandom(4).hex()}",  # a name used before would resume Ray's own state
-            storage_path=f"{folder.uri}/ray",
-            failure_config=FailureConfig(max_failures=train.max_failures),
+            storage_path=notes.path,
+            storage_filesystem=notes.filesystem,
+            failure_config=FailureConfig(
+                max_failures=train.max_failures,
+                controller_failure_limit=int(train.start_seconds // START_SECONDS),  # type: ignore[call-arg]
+            ),
         ),
     )
     try:
-        trainer.fit()
+        if printer:
+            _in_thread(trainer.fit)
+        else:
+            trainer.fit()
+    except ControllerError as error:
+        found = (str(error.controller_failure).splitlines() or [""])[0]
+        if (
+            isinstance(error.controller_failure, TimeoutError)
+            or "imeout" in type(error.controller_failure).__name__
+        ):
+            found = f"waited {train.start_seconds:g} s for room for {asked}; see `ray status`, or raise"
+            raise MachineError(f"{found} --train.start_seconds; {GOES_ON}") from None
+        raise MachineError(f"Ray Train: {found}; {GOES_ON}") from None
     except TrainingFailedError as error:
         raise _cause(error) from None
     except RayActorError as error:  # Ray Train's controller, which is a process of its own
-        raise WorkerDied(why_it_died(str(error))) from None
+        raise WorkerDied(f"Ray Train's controller: {why_it_died(str(error))}; {GOES_ON}") from None
     finally:
         if printer:
             printer.close()
-        folder.remove_folder("ray")  # Ray Train's own notes; ours are the checkpoints
+        remove_notes(folder)
 
 
-class Outbox:
-    """A worker's end of the way to the user: what is written here the driver prints."""
-
-    def __init__(self, lines: Queue, answers: Queue | None = None) -> None:
-        self.lines, self.answers = lines, answers
-
-    def write(self, text: str) -> None:
-        """Send the text; training goes on without waiting for it to be printed."""
-        self.lines.actor.put_nowait.remote(text)  # type: ignore[attr-defined]
-
-    def tell(self, numbers: dict[str, Any]) -> bool:
-        """Send numbers, which have a `step`, on the same way and wait for the answer: whether to stop."""
-        assert self.answers is not None
-        self.lines.actor.put_nowait.remote(numbers)  # type: ignore[attr-defined]
-        while True:
-            step, stop = self.answers.get()
-            if step == numbers["step"]:  # else meant for a worker that died before it could hear it
-                return stop
-
-    def flush(self) -> None:
-        """Nothing is held back."""
-
-    def isatty(self) -> bool:
-        """A live line would not survive the way."""
-        return False
+def new_notes(folder: RunFolder) -> str:
+    """Return a name for the notes of Ray that no file of anybody's has."""
+    remove_notes(folder)  # of an attempt that was killed
+    return f"{NOTES}{os.urandom(4).hex()}"
 
 
-class Printer:
-    """The driver's end: prints the workers' lines as they come, free of the prefixes of Ray's own log.
+def remove_notes(folder: RunFolder) -> None:
+    """Remove Ray's notes of this attempt and of those before it, which nobody reads."""
+    for name in folder.names(files=False):
+        if re.fullmatch(rf"{re.escape(NOTES)}[0-9a-f]{{8}}", name):
+            folder.remove_folder(name)
 
-    tell: takes the numbers that come on the same way.
+
+def _in_thread(call: Callable[[], Any]) -> None:
+    """Run `call` in a thread and wait: a Ctrl-C or SIGTERM then ends the wait, and with it this process, at once.
+
+    In the main thread Ray Train takes Ctrl-C for itself, and ends the process without a word and with exit code 1.
     """
+    failed: list[BaseException] = []
 
-    def __init__(self, tell: Tell | None = None) -> None:
-        self.lines, self.tell = Queue(actor_options={"num_cpus": 0}), tell
-        self.answers = Queue(actor_options={"num_cpus": 0}) if tell else None
-        self.thread = threading.Thread(target=self._print, daemon=True)
-        self.thread.start()
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            failed.append(error)
 
-    def _print(self) -> None:
-        while (sent := self.lines.get()) is not None:
-            if isinstance(sent, str):
-                print(sent, end="", file=sys.stderr, flush=True)
-            elif self.tell is not None and self.answers is not None:
-                stop = False
-                try:
-                    stop = self.tell(sent)
-                finally:
-                    self.answers.put((sent["step"], stop))
-
-    def close(self) -> None:
-        """Print what is left and stop."""
-        self.lines.put(None)
-        self.thread.join()
-        self.lines.shutdown()
-        if self.answers is not None:  # an empty queue is false
-            self.answers.shutdown()
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)  # a join without a limit would not hear a signal on every system
+    if failed:
+        raise failed[0]
 
 
 def computes_here(config: Config, device: str) -> bool:
@@ -210,23 +234,18 @@ def _physical_cpus(have: dict[str, float]) -> float:
     return min(have.get("CPU", 0), os.cpu_count() or 1) if nodes == 1 else have.get("CPU", 0)
 
 
-def _cause(error: Exception) -> Exception:
+def _cause(error: BaseException) -> BaseException:
     """Find what broke: a mistake of the user's on any worker first, then a death, else the first worker's error.
 
     Where one worker dies, the others fail at the connection to it.
     """
     failures = list(getattr(error, "worker_failures", {}).values())
-    causes = [getattr(failure, "cause", None) or failure for failure in failures]
+    causes: list[BaseException] = [
+        root_of(getattr(failure, "cause", None) or failure) for failure in failures
+    ]
     mistakes = [cause for cause in causes if isinstance(cause, UserError)]
     looked = [getattr(cause, "health_check_failure", None) for cause in causes]
-    deaths = [WorkerDied(why_it_died(str(found))) for found in looked if found is not None]
+    deaths = [
+        WorkerDied(f"a worker: {why_it_died(str(found))}; {GOES_ON}") for found in looked if found is not None
+    ]
     return (mistakes or deaths or causes or [error])[0]
-
-
-def why_it_died(text: str) -> str:
-    """Return the one sentence of Ray's message on a dead process that says why."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no reason was given"]
-    first = lines[-1] if "Traceback" in text else lines[0]  # a traceback ends with the error
-    telling = next((line for line in lines if " because " in line), first)
-    sentence, *_ = telling.split(". ")
-    return f"its process ended: {sentence.rstrip('.')}"

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import ray
 import torch
-import yaml
 from safetensors.torch import load_file
 from torch import nn
 
@@ -20,7 +19,7 @@ from isd_ray.errors import UserError
 from isd_ray.models.backbones import build_backbone
 from isd_ray.train.cluster import default_threads
 from isd_ray.train.embedding import PART_ROWS, CentreView, Compute, embed
-from isd_ray.train.folder import RunFolder, load_checkpoint
+from isd_ray.train.folder import RunFolder, load_checkpoint, read_saved
 from isd_ray.train.teacher import RUN_PREFIX, below, without_classifier
 
 COLUMN = "embedding"
@@ -50,12 +49,7 @@ def from_run(uri: str, network: str = "student", checkpoint: str | None = None) 
 
 def run_options(uri: str) -> dict[str, Any]:
     """Return the saved options of a run; raises UserError where there is no run."""
-    folder = RunFolder(uri)
-    if not folder.exists("config.yaml"):
-        raise UserError(
-            f"{folder.uri}: no run there (config.yaml is missing); give the folder that a run printed"
-        )
-    return yaml.safe_load(folder.read("config.yaml"))
+    return read_saved(RunFolder(uri))
 
 
 def from_weights(

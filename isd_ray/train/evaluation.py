@@ -33,7 +33,7 @@ from isd_ray.train.neighbours import search_parts
 from isd_ray.train.state import build_state
 from isd_ray.train.transfer import TransferTables, open_transfer
 
-SCRATCH = "features_scratch"  # of evaluations that keep none
+SCRATCH = ".features-"  # beginning of the folder of an evaluation that keeps none
 
 
 class Places(NamedTuple):
@@ -60,13 +60,16 @@ def evaluate_run(
     started = time.perf_counter()
     trained = networks(config, folder, checkpoint)
     others = open_transfer(config)
-    at = "features" if config.evaluate.keep_features else SCRATCH
+    scratch = f"{SCRATCH}{os.urandom(4).hex()}"
     name = (checkpoint or checkpoint_names(folder)[-1]).removesuffix(".pt")
-    places = compute_features(config, join(folder.uri, at, name), trained, bank, splits.test, others, device)
-    seconds = {"features": round(time.perf_counter() - started, 3)}
-    arguments = (config, places, splits, bank, list(trained), others, device)
-    result = cluster.run_on(cluster.computes_here(config, device), score_run, *arguments)
-    folder.remove_folder(SCRATCH)
+    at = folder.place("features" if config.evaluate.keep_features else scratch, name)
+    try:
+        places = compute_features(config, at, trained, bank, splits.test, others, device)
+        seconds = {"features": round(time.perf_counter() - started, 3)}
+        arguments = (config, places, splits, bank, list(trained), others, device)
+        result = cluster.run_on(cluster.computes_here(config, device), score_run, *arguments)
+    finally:
+        folder.remove_folder(scratch)
     result["seconds"] = seconds | result["seconds"]
     result["protocol"]["test"]["name"] = "validation" if config.data.validation else "test"
     return result | {"classes": classes(splits.train)}
@@ -182,7 +185,7 @@ def networks(config: Config, folder: RunFolder, checkpoint: str | None) -> dict[
     saved = load_checkpoint(folder, checkpoint)
     if saved is None:
         raise UserError(f"{folder.uri}: no checkpoint yet; train the run first")
-    state.method.load_state_dict(saved["method"])
+    state.load_networks(saved)
     trained = dict(state.method.encoders())
     return trained | ({"untrained": untrained} if config.evaluate.baselines else {})
 

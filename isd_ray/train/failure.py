@@ -2,10 +2,7 @@
 
 import traceback
 
-import torch
-
-from isd_ray.errors import UserError
-from isd_ray.train.cluster import WorkerDied
+from isd_ray.ending import DEFECT, explain, first_line
 from isd_ray.train.folder import RunFolder
 
 FAILURE = "failure.json"
@@ -19,9 +16,6 @@ def leave_failure(folder: RunFolder, error: Exception) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """Say in one line why a run failed."""
-    first = (str(error).strip().splitlines() or [""])[0]
-    if isinstance(error, UserError | WorkerDied):
-        return first
-    full = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or "allocate memory" in first
-    return f"out of memory: {first}" if full else f"{type(error).__name__}: {first}"
+    """Return in one line why a run failed."""
+    line, code = explain(error)
+    return f"{type(error).__name__}: {first_line(error)}" if code == DEFECT else line

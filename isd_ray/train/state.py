@@ -1,6 +1,7 @@
 """What changes while training, and what a checkpoint therefore holds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -8,6 +9,8 @@ import numpy as np
 import torch
 
 from isd_ray.config import Config
+from isd_ray.ending import of_memory
+from isd_ray.errors import UserError, printable
 from isd_ray.methods import Method, build_method, find_method, options_of
 from isd_ray.models.backbones import build_backbone
 from isd_ray.models.frozen import Frozen
@@ -60,13 +63,34 @@ class State:
 
     def load(self, saved: dict[str, Any]) -> None:
         """Continue from `saved`, whatever number of workers saved it."""
-        self.method.load_state_dict(saved["method"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        if self.queue is not None:
-            self.queue.load_state_dict(saved["queue"])
-        if self.bank is not None:
-            self.bank.load_state_dict(saved["bank"])
-        self.step = saved["step"]
+        with fitting(saved):
+            self.method.load_state_dict(saved["method"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            if self.queue is not None:
+                self.queue.load_state_dict(saved["queue"])
+            if self.bank is not None:
+                self.bank.load_state_dict(saved["bank"])
+            self.step = int(saved["step"])
+
+    def load_networks(self, saved: dict[str, Any]) -> None:
+        """Take the networks of `saved` alone, to evaluate or export them."""
+        with fitting(saved):
+            self.method.load_state_dict(saved["method"])
+
+
+@contextmanager
+def fitting(saved: dict[str, Any]) -> Iterator[None]:
+    """Raise UserError where what is loaded within is of other networks than these options build."""
+    try:
+        yield
+    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+        if of_memory(error):
+            raise
+        reason = printable(" ".join(str(error).split()))[:200]
+        raise UserError(
+            f"the checkpoint of step {saved.get('step')} does not fit the run's options ({type(error).__name__}: "
+            f"{reason}); put config.yaml or the checkpoint back as it was, or remove the checkpoint"
+        ) from None
 
 
 def build_state(config: Config, device: torch.device, images: int) -> State:

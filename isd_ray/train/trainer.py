@@ -13,7 +13,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import yaml
 
 from isd_ray import interop, session
 from isd_ray.config import Config, flatten, merge, to_yaml, validate
@@ -21,22 +20,31 @@ from isd_ray.data.catalog import Splits, open_dataset
 from isd_ray.data.files import join
 from isd_ray.errors import UserError
 from isd_ray.evaluate.table import print_table
+from isd_ray.messages import say
 from isd_ray.methods import find_method
 from isd_ray.train import cluster
+from isd_ray.train.claim import claimed, refuse_foreign
 from isd_ray.train.cost import cost
 from isd_ray.train.evaluation import check_evaluation, evaluate_run, hold_out
-from isd_ray.train.folder import RunFolder, checkpoint_names, load_checkpoint
+from isd_ray.train.folder import (
+    RunFolder,
+    checkpoint_names,
+    load_checkpoint,
+    read_lines,
+    read_result,
+    read_saved,
+)
 from isd_ray.train.loop import train
 from isd_ray.train.parts import run_shares, run_stages, sentence
 from isd_ray.train.state import build_state
-from isd_ray.train.teacher import load_teacher
 from isd_ray.train.validation import WATCHED, how_watched, watched_tables
 
 # Options that may change between the start of a run and its continuation: they do not change what is learned.
 FREE = {
     "name", "output", "address", "data.root", "data.shards", "data.download", "data.cache", "train.workers",
     "train.threads", "train.log_every", "train.loggers", "train.checkpoint_seconds", "train.keep_checkpoints",
-    "train.max_failures", "train.device", "train.gpus_per_worker", "queue.layout",
+    "train.max_failures", "train.start_seconds", "train.autoscale", "train.device", "train.gpus_per_worker",
+    "queue.layout",
 }  # fmt: skip
 FREE_SECTIONS = ("evaluate.",)
 
@@ -54,18 +62,46 @@ def pretrain(config: Config, tell: cluster.Tell | None = None) -> dict[str, Any]
     if folder.exists("result.json"):
         check_same(config, folder)
         say(f"{folder.uri}: this run is finished; its result follows. Choose another --name to train anew.")
-        return folder.read_json("result.json")
-    if folder.exists("config.yaml"):
+        return read_result(folder)
+    if not never_began(folder):
         check_same(config, folder)
-    load_teacher(config)  # one that cannot be loaded is refused before anything is written
+    refuse_foreign(folder, "run")
     session.start_ray(config.address, config.train.workers)
     device = cluster.choose_device(config)
     splits = open_splits(config)
     check_sizes(config, splits.train)
     check_evaluation(config, splits)
-    prepare(config, folder, splits)
-    say(f"run folder: {folder.uri}")
-    return run_prepared(config, folder, splits, device, tell)
+    check_networks(config)  # before anything is written
+    with claimed(folder, "run"):
+        forget_never_began(config, folder)
+        prepare(config, folder, splits)
+        say(f"run folder: {folder.uri}")
+        return run_prepared(config, folder, splits, device, tell)
+
+
+def never_began(folder: RunFolder) -> bool:
+    """Return whether a folder holds no run, or one that has no checkpoint yet: its options may still change."""
+    return not folder.exists("config.yaml") or not checkpoint_names(folder)
+
+
+def forget_never_began(config: Config, folder: RunFolder) -> None:
+    """Make room for this run where one with other options never came to a checkpoint."""
+    if not folder.exists("config.yaml") or not never_began(folder):
+        return
+    try:
+        check_same(config, folder)
+    except UserError:
+        say(
+            f"note: {folder.uri} holds a run with other options that has no checkpoint; this one takes its place"
+        )
+        for name in ("selection.parquet", "bank.parquet", "validation.parquet", WATCHED, "metrics.jsonl"):
+            if folder.exists(name):
+                folder.remove(name)
+
+
+def check_networks(config: Config) -> None:
+    """Build the networks once: a name or size that cannot work is refused before a run is."""
+    build_state(config, torch.device("cpu"), images=1)
 
 
 def run_prepared(
@@ -120,9 +156,8 @@ def fixed_options(values: dict[str, Any]) -> dict[str, Any]:
 
 def check_same(config: Config, folder: RunFolder) -> None:
     """Refuse to continue a run with other options than it was started with."""
-    before = fixed_options(yaml.safe_load(folder.read("config.yaml")))
-    now = fixed_options(config.model_dump())
-    changed = [f"{k} was {before.get(k)!r}, now {v!r}" for k, v in now.items() if before.get(k) != v]
+    before, now = fixed_options(read_saved(folder)), fixed_options(config.model_dump())
+    changed = [f"{k} was {before[k]!r}, now {v!r}" for k, v in now.items() if k in before and before[k] != v]
     if changed:
         raise UserError(
             f"{folder.uri} holds a run with other options ({'; '.join(changed)}); choose another --name"
@@ -183,9 +218,10 @@ def prepare_run(config: Config, splits: Splits) -> None:
 
     Raises UserError for a setting that cannot work.
     """
-    folder = RunFolder(f"{config.output}/{config.name}")
-    if folder.exists("config.yaml"):
+    folder = RunFolder(run_uri(config))
+    if not never_began(folder):
         check_same(config, folder)
+    forget_never_began(config, folder)
     check_sizes(config, splits.train, quiet=True)
     prepare(config, folder, splits)
 
@@ -212,7 +248,7 @@ def export(config: Config, folder: RunFolder) -> None:
         raise UserError(
             f"{folder.uri}: training ended without a checkpoint; is the folder shared by all nodes?"
         )
-    state.method.load_state_dict(saved["method"])
+    state.load_networks(saved)
     with tempfile.TemporaryDirectory() as local:
         path = Path(local) / "backbone.safetensors"
         interop.export_backbone(state.method.encoders()["student"], path, config.data.mean, config.data.std)
@@ -221,12 +257,14 @@ def export(config: Config, folder: RunFolder) -> None:
 
 def summary(config: Config, folder: RunFolder, seconds: dict[str, float]) -> dict[str, Any]:
     """Return what is known of a run without evaluating it."""
-    lines = [json.loads(line) for line in folder.read("metrics.jsonl").decode().splitlines()]
+    lines = [row for row in read_lines(folder, "metrics.jsonl") if "images_per_second" in row]
+    if not lines:
+        raise UserError(f"{folder.place('metrics.jsonl')} has no whole line; put it back as it was")
     rates = sorted(line["images_per_second"] for line in lines)
     parts, stages = run_shares(lines), run_stages(lines)
     names = ("torch", "torchvision", "ray", "pyarrow", "numpy", "timm")
     return {
-        "name": folder.uri.rsplit("/", 1)[-1],
+        "name": folder.name,
         "folder": folder.uri,
         "seconds": seconds,
         "images_per_second": round(rates[len(rates) // 2], 1),
@@ -239,18 +277,20 @@ def summary(config: Config, folder: RunFolder, seconds: dict[str, float]) -> dic
 
 
 def evaluate(
-    run: str, checkpoint: str | None, options: dict[str, Any], places: dict[str, Any]
+    run: str,
+    checkpoint: str | None,
+    options: dict[str, Any],
+    places: dict[str, Any],
+    address: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint of an existing run and write evaluation-<checkpoint>.json beside it.
 
     options: fields of `evaluate` that replace the run's own; places: where the data lies now. None keeps the run's.
+    address: of a Ray cluster. The one that the run was trained on is not obeyed: a run folder that somebody else has
+    made must not choose where this process connects.
     """
     folder = RunFolder(run)
-    if not folder.exists("config.yaml"):
-        raise UserError(
-            f"{folder.uri}: no run there (config.yaml is missing); give the folder that a run printed"
-        )
-    saved = yaml.safe_load(folder.read("config.yaml"))
+    saved = read_saved(folder) | {"address": address}
     given = {f"evaluate.{k}": v for k, v in options.items()} | {f"data.{k}": v for k, v in places.items()}
     given["evaluate.enabled"] = True  # also of a run that was not evaluated when it ended
     config = validate(merge(saved, {k: v for k, v in given.items() if v is not None}))
@@ -277,9 +317,4 @@ def print_result(result: dict[str, Any]) -> None:
     say(f"an image a step: {passes.format(**result['cost'])}")
     if result.get("time_note"):
         say(result["time_note"])
-    say(f"results: {result['folder']}/result.json")
-
-
-def say(line: str) -> None:
-    """Print one line for the user, at once."""
-    print(line, flush=True)
+    say(f"results: {join(result['folder'], 'result.json')}")

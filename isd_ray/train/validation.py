@@ -21,7 +21,7 @@ from isd_ray.data.index import class_counts, classes
 from isd_ray.errors import UserError
 from isd_ray.evaluate.protocols import KNN, evaluate_encoders
 from isd_ray.train.evaluation import bank_name, choose_bank, grouping, load_labelled
-from isd_ray.train.folder import RunFolder
+from isd_ray.train.folder import RunFolder, read_lines
 from isd_ray.train.state import State, Worker
 
 FILE = "validation.jsonl"
@@ -47,15 +47,7 @@ def how_watched(config: Config, splits: Splits) -> dict[str, Any]:
 
 def read_rows(folder: RunFolder) -> list[Row]:
     """Return the rows of a run, in order of their steps; a line torn by a kill is left out."""
-    if not folder.exists(FILE):
-        return []
-    rows = []
-    for line in folder.read(FILE).decode(errors="replace").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+    return [row for row in read_lines(folder, FILE) if "step" in row]
 
 
 class Watch:

@@ -12,6 +12,7 @@ from PIL import Image
 
 import isd_ray
 from isd_ray.data.index import read_index
+from isd_ray.ending import run_job
 from isd_ray.errors import UserError
 from isd_ray.evaluate.table import markdown
 from isd_ray.models.backbones import build_backbone
@@ -31,7 +32,7 @@ def job(*arguments: str) -> int:
     spec = importlib.util.spec_from_file_location("embed", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.main([str(a) for a in arguments])
+    return run_job(module.main, [str(a) for a in arguments])
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pyarrow import fs as pafs
 
 from isd_ray.data import files, index
 from isd_ray.data.shards import make_shards
-from isd_ray.errors import UserError
+from isd_ray.errors import MachineError, UserError
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, bucket, place):
         raise OSError("disk full")
 
     folder = place if place != "local" else str(tmp_path / "out")
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(MachineError, match="disk full"):
         files.write_whole(f"{folder}/x", fail)
     assert files.list_files(folder, [""]) == []
     assert not [n for _, _, names in os.walk(tmp_path) for n in names]
@@ -58,12 +58,12 @@ def test_shards_in_a_bucket_are_those_on_disk(tmp_path, bucket):
 
 
 def test_old_parts_of_killed_runs_are_removed_fresh_ones_stay(tmp_path):
-    for name, age in ((".a.tar.1.part", 9999), (".b.tar.2.part", 0), ("c.part", 9999)):
+    for name, age in ((".a.tar.00000001.part", 9999), (".b.tar.00000002.part", 0), (".c.part", 9999)):
         (tmp_path / name).write_bytes(b"x")
         stat = (tmp_path / name).stat()
         os.utime(tmp_path / name, (stat.st_atime - age, stat.st_mtime - age))
     files.remove_stale_parts(str(tmp_path))
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".b.tar.2.part", "c.part"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".b.tar.00000002.part", ".c.part"]
 
 
 def test_expand_folder_glob_and_file(tmp_path):

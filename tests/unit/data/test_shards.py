@@ -232,5 +232,5 @@ def test_the_job_indexes_existing_tars(tmp_path, monkeypatch, capsys):
 def test_the_job_says_mistakes_in_one_line_with_code_2(monkeypatch, capsys, arguments):
     assert run_job(monkeypatch, *arguments) == 2
     said = capsys.readouterr().err
-    assert said.startswith("make_shards: ")
+    assert said.startswith("error: ")
     assert len(said.splitlines()) == 1

@@ -7,6 +7,7 @@ import os
 import pytest
 from test_sweep_search import GOALS, SPACE, play, rows_of, search_in, state_of
 
+from isd_ray.ending import run_job
 from isd_ray.errors import UserError
 from isd_ray.room import local_cpus
 from isd_ray.sweep import run
@@ -73,7 +74,7 @@ def test_the_job_says_in_one_line_what_is_wrong_and_exits_with_2(tmp_path, monke
         (["--output", str(tmp_path / "file")], f"{tmp_path}/file/sweep-space: "),
         (["--output", str(tmp_path), "--trials", "0"], "--trials 0: give 1 or more"),
     ):
-        assert main(["--space", str(space), *arguments]) == 2
+        assert run_job(main, ["--space", str(space), *arguments]) == 2
         line = capsys.readouterr().err
         assert line.startswith(f"error: {said}")
         assert line.count("\n") == 1

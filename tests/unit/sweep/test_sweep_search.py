@@ -9,7 +9,7 @@ from optuna.trial import TrialState
 
 from isd_ray.errors import UserError
 from isd_ray.sweep.check import check
-from isd_ray.sweep.journal import FILE, only_driver
+from isd_ray.sweep.journal import FILE
 from isd_ray.sweep.results import collect, pareto, trial_rows, write
 from isd_ray.sweep.search import DONE, Job, Search
 from isd_ray.sweep.space import Space
@@ -260,12 +260,3 @@ def test_a_damaged_journal_is_named(tmp_path):
     (tmp_path / FILE).write_text('[{"op_code": 0}]\nnot JSON\n[]\n')
     with pytest.raises(UserError, match=r"journal.jsonl: line 2 is damaged"):
         search_in(tmp_path)
-
-
-def test_two_drivers_cannot_work_on_one_sweep(tmp_path):
-    folder = RunFolder(str(tmp_path))
-    held = only_driver(folder)
-    with pytest.raises(UserError, match="another process"):
-        only_driver(folder)
-    held.close()
-    only_driver(folder).close()

@@ -1,12 +1,26 @@
 """A run folder holds complete files only, and reads nothing that could run code."""
 
+import errno
 import os
 
 import pytest
 import torch
 
-from isd_ray.errors import UserError
-from isd_ray.train.folder import RunFolder, checkpoint_names, load_checkpoint, save_checkpoint
+from isd_ray.errors import MachineError, UserError
+from isd_ray.train.folder import (
+    RunFolder,
+    checkpoint_names,
+    load_checkpoint,
+    read_lines,
+    read_result,
+    read_saved,
+    save_checkpoint,
+)
+
+
+def state(step, **more):
+    """What a checkpoint holds, but for what the test is about."""
+    return {"step": step, "method": {}, "optimizer": {}, "queue": None, "bank": None} | more
 
 
 @pytest.fixture
@@ -37,7 +51,7 @@ def test_unknown_file_system_is_named():
 def test_newest_checkpoint_is_loaded_and_old_ones_go(folder):
     assert load_checkpoint(folder) is None
     for step in (5, 50, 500):
-        save_checkpoint(folder, {"step": step, "weight": torch.full((2,), float(step))}, keep=2)
+        save_checkpoint(folder, state(step, weight=torch.full((2,), float(step))), keep=2)
     assert checkpoint_names(folder) == ["step-00000050.pt", "step-00000500.pt"]
     assert load_checkpoint(folder)["weight"].tolist() == [500.0, 500.0]
     assert load_checkpoint(folder, "step-00000050.pt")["step"] == 50
@@ -46,7 +60,7 @@ def test_newest_checkpoint_is_loaded_and_old_ones_go(folder):
 
 
 def test_half_written_checkpoint_is_not_seen(folder):
-    save_checkpoint(folder, {"step": 1}, keep=2)
+    save_checkpoint(folder, state(1), keep=2)
     folder.write("checkpoints/step-00000002.pt.part", b"half")
     assert load_checkpoint(folder)["step"] == 1
 
@@ -58,7 +72,73 @@ class Bomb:
 
 def test_checkpoint_never_runs_code(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
-    save_checkpoint(folder, {"step": 1, "bomb": Bomb()}, keep=1)
+    save_checkpoint(folder, state(1, bomb=Bomb()), keep=1)
     with pytest.raises(UserError, match=r"step-00000001\.pt"):
         load_checkpoint(folder)
     assert not (tmp_path / "exploded").exists()
+
+
+def test_a_checkpoint_with_a_changed_byte_is_refused(folder):
+    name = save_checkpoint(folder, state(1, weight=torch.arange(4096.0)), keep=1)
+    good = folder.read(f"checkpoints/{name}")
+    middle = good.index(torch.arange(1000.0, 1010.0).numpy().tobytes())
+    folder.write(f"checkpoints/{name}", good[:middle] + b"\x55" + good[middle + 1 :])
+    with pytest.raises(UserError, match="bytes have changed"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04" + bytes(60)])
+def test_a_damaged_checkpoint_is_one_line_with_the_remedy(folder, content):
+    folder.write("checkpoints/step-00000001.pt", content)
+    with pytest.raises(UserError, match=r"step-00000001\.pt cannot be read .* remove that file") as error:
+        load_checkpoint(folder)
+    assert len(str(error.value).splitlines()) == 1
+    assert "weights_only" not in str(error.value)
+
+
+def test_a_checkpoint_of_something_else_is_refused(folder):
+    save_checkpoint(folder, {"step": 1, "weights": torch.zeros(1)}, keep=1)
+    with pytest.raises(UserError, match="no checkpoint of a run"):
+        load_checkpoint(folder)
+
+
+def test_a_folder_under_parameters_keeps_them_at_the_end():
+    folder = RunFolder("s3://bucket/runs?endpoint_override=127.0.0.1:1&scheme=http").sub("a", "b")
+    assert folder.uri == "s3://bucket/runs/a/b?endpoint_override=127.0.0.1:1&scheme=http"
+    assert folder.name == "b"
+    assert folder.path == "bucket/runs/a/b"
+
+
+def test_a_full_disk_is_a_failure_of_the_machine_and_leaves_the_file_as_it_was(folder, monkeypatch):
+    folder.write("x", b"old")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(MachineError, match="the disk is full; free some space"):
+        folder.write("x", b"new")
+    assert folder.read("x") == b"old"
+    assert folder.names() == ["x"]
+
+
+def test_a_file_in_the_way_is_a_mistake(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file") as error:
+        RunFolder(str(tmp_path / "file" / "run")).write("x", b"1")
+    assert error.value.exit_code == 2
+
+
+def test_a_torn_line_is_left_out(folder):
+    folder.write("rows.jsonl", b'{"a": 1}\n[2]\n{"a": 3}\n{"a"')
+    assert read_lines(folder, "rows.jsonl") == [{"a": 1}, {"a": 3}]
+    assert read_lines(folder, "none.jsonl") == []
+
+
+@pytest.mark.parametrize("text", ["", "a: [", "x", "\0", "- 1\n", "[" * 3000, "data: 1\n"])
+def test_damaged_options_and_results_are_one_line(folder, text):
+    folder.write("config.yaml", text.encode())
+    folder.write("result.json", text.encode())
+    for read in (read_saved, read_result):
+        with pytest.raises(UserError, match="damaged"):
+            read(folder)
