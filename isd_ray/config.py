@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
 
+from isd_ray.definitions import file_or_name
 from isd_ray.errors import UserError, listed, nearest, printable, shorten, shown, without_secrets
 from isd_ray.layers import Layer, flatten, merge, only, unfold
 from isd_ray.names import name_fault, place_fault, secret_fault
@@ -79,7 +80,9 @@ class _CommandLine(Config):
     same command is given again.
     """
 
-    config: str | None = Field(None, description="YAML file to start from; the command line wins over it")
+    config: str | None = Field(
+        None, description="YAML file to start from, or the name of a recipe; the command line wins over it"
+    )
 
 
 def parse(arguments: Sequence[str], program: str = "pretrain") -> Config:
@@ -130,8 +133,8 @@ def _reason(error: Exception) -> str:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file of options, nested or with dotted names."""
-    return read_mapping(path, "config file")
+    """Read a YAML file of options, nested or with dotted names; a name alone is that of a recipe."""
+    return read_mapping(file_or_name("recipes", str(path)), "config file")
 
 
 def resolve(*layers: Layer) -> Config:

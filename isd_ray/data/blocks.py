@@ -51,7 +51,7 @@ class Blocks:
 
     @cached_property
     def _ranges(self) -> pa.Table:
-        return self.table.select(["shard", "offset", "size"]).combine_chunks()
+        return self.table.select(["shard", "key", "offset", "size"]).combine_chunks()
 
     def read(
         self,

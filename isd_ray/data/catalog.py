@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-import isd_ray
 from isd_ray import definitions
 from isd_ray.data import index
 from isd_ray.data.files import AbsentError, absolute, exists, is_folder, join
@@ -21,6 +20,7 @@ from isd_ray.data.imbalance import subset
 from isd_ray.data.shards import make_shards
 from isd_ray.errors import UserError, listed, printable
 from isd_ray.values import faults_of
+from isd_ray.version import __version__
 from isd_ray.yaml_files import parse_mapping, read_mapping
 
 SPLITS = ("train", "test", "bank")
@@ -203,9 +203,7 @@ def _from_source(definition: Definition, root: str | None, cache: Path, **how: A
             f"data set '{definition.name}' needs its images: give their folder as root, or shards"
         )
     where = absolute(root) if root else ""
-    origin = (
-        where if definition.needs_root else isd_ray.__version__
-    )  # a newer generator may draw other images
+    origin = where if definition.needs_root else __version__  # a newer generator may draw other images
     digest = hashlib.sha256(repr((origin, definition.sources)).encode()).hexdigest()[:8]
     folder = str(cache / f"{definition.cache or definition.name}-{digest}")
     tables: dict[str, pa.Table] = {}

@@ -332,10 +332,10 @@ class TarSource:
 
     def __iter__(self) -> Iterator[Sample]:
         filesystem, folder = open_filesystem(index.root(self.table))
-        for start in range(0, len(self.table), _ROWS_AT_ONCE):
-            rows = self.table.slice(start, _ROWS_AT_ONCE)
-            for row, image in zip(rows.to_pylist(), read.read_bytes(filesystem, folder, rows), strict=True):
-                yield Sample(row["key"], image if isinstance(image, bytes) else b"", row["label"])
+        columns = (self.table[name].to_pylist() for name in ("key", "label"))
+        images = read.encoded(filesystem, folder, self.table)
+        for key, label, (image, _) in zip(*columns, images, strict=True):
+            yield Sample(key, image if isinstance(image, bytes) else b"", label)
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,9 @@ from isd_ray.data import index
 from isd_ray.data.decode import BrokenImage, decode
 from isd_ray.data.files import list_files, open_filesystem
 from isd_ray.data.parallel import run_tasks
-from isd_ray.data.read import read_bytes
+from isd_ray.data.read import Encoded, encoded
 
 COMPARED = ("offset", "size", "label", "width", "height")
-ROWS = 64  # images in memory at a time
 
 
 @dataclass
@@ -92,16 +91,12 @@ def _verify_one(folder: str, name: str, rows: pa.Table) -> Report:
     report.findings = [_finding(name, b["key"], b["reason"]) for b in bad]
     named = {b["key"] for b in bad}
     report.findings += [f for f in _differences(name, rows, found) if f["key"] not in named]
-    for start in range(0, len(rows), ROWS):
-        part = rows.slice(start, ROWS)
-        data = read_bytes(filesystem, inner, part)
-        for key, width, height, content in zip(
-            *(part[column].to_pylist() for column in ("key", "width", "height")), data, strict=True
-        ):
-            problem = _image_problem(content, width, height)
-            if problem and key not in named:
-                report.findings.append(_finding(name, key, problem))
-            report.decoded += problem is None
+    columns = (rows[column].to_pylist() for column in ("key", "width", "height"))
+    for key, width, height, (content, _) in zip(*columns, encoded(filesystem, inner, rows), strict=True):
+        problem = _image_problem(content, width, height)
+        if problem and key not in named:
+            report.findings.append(_finding(name, key, problem))
+        report.decoded += problem is None
     return report
 
 
@@ -122,7 +117,7 @@ def _differences(name: str, rows: pa.Table, found: pa.Table) -> list[dict[str, A
     return out
 
 
-def _image_problem(content: bytes | BrokenImage, width: int, height: int) -> str | None:
+def _image_problem(content: Encoded, width: int, height: int) -> str | None:
     if isinstance(content, BrokenImage):
         return str(content)
     try:

@@ -44,6 +44,7 @@ def find(kind: str, name: str) -> Path:
 
 def file_or_name(kind: str, given: str) -> Path:
     """Return the file that is meant by a path, or by the name of a definition."""
-    path = Path(given).expanduser()
-    is_name = not path.suffix and len(path.parts) == 1 and not path.is_file()
-    return find(kind, given) if is_name else path
+    if not given.strip():
+        raise UserError(f"{KINDS[kind]}: an empty path; give a file or a name (an unset variable?)")
+    is_name = not set(given) & set("./\\~\0") and not os.path.isfile(given)
+    return find(kind, given) if is_name else Path(given)

@@ -28,6 +28,7 @@ from optuna.distributions import (
 from pydantic import Field, ValidationError
 
 from isd_ray.config import Config, merge, resolve
+from isd_ray.definitions import file_or_name
 from isd_ray.errors import UserError, listed, nearest, printable, shorten, shown
 from isd_ray.sections import EPOCHS, IMAGES, PROCESSES, SEED, THREADS, Section
 from isd_ray.values import LARGEST, faults_of
@@ -228,7 +229,7 @@ class Space(Section):
 def read_space(path: str | Path) -> Space:
     """Read the file; raises UserError that lists what is no part of a space. `check` knows the rest."""
     try:
-        return Space(**read_mapping(path, "space"))
+        return Space(**read_mapping(file_or_name("tune_spaces", str(path)), "space"))
     except ValidationError as error:
         faults = listed(faults_of(Space, error), MOST_FAULTS)
         raise UserError(f"space {shorten(printable(str(path)), 200)}: {faults}") from None

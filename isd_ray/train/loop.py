@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from isd_ray.config import Config
 from isd_ray.data.augment import make_views
-from isd_ray.data.plan import one_size
+from isd_ray.data.plan import whole_size
 from isd_ray.data.stream import Batch, Stream
 from isd_ray.errors import UserError
 from isd_ray.train.folder import RunFolder, load_checkpoint, save_checkpoint
@@ -67,7 +67,9 @@ def build_stream(config: Config, folder: RunFolder, worker: Worker) -> Stream:
 def finish_in_tasks(config: Config, table: pa.Table, device: torch.device) -> bool:
     """Tell whether reading tasks make the whole views: by what is fixed for a run, since it rounds them."""
     where = config.data.augment_on
-    return where == "tasks" or (where == "auto" and device.type == "cpu" and one_size(table) is None)
+    if where == "auto":
+        return device.type == "cpu" and whole_size(table, config.data.image_size) is None
+    return where == "tasks"
 
 
 def run_epochs(config: Config, folder: RunFolder, worker: Worker, stream: Stream, state: State) -> None:

@@ -100,7 +100,7 @@ def test_merge_unfolds_dotted_names():
         (["--data.dataset", "cifar10_lr"], ["cifar10_lr", "cifar10_lt"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
         (["stray"], ["stray"]),
-        (["--config", ""], ["config file", "empty"]),
+        (["--config", ""], ["recipe", "empty"]),
         (["--train.epochs", "3", "4"], ["unrecognized arguments: 4"]),
     ],
 )

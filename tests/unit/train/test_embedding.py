@@ -52,7 +52,7 @@ def make_set(folder: Path, sizes: list[int], broken: tuple[int, ...] = (), label
             pixels = generator.integers(0, 256, (side, side, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(buffer, "PNG")
             content = b"no image" if i in broken else buffer.getvalue()
-            member = tarfile.TarInfo(f"{i}.png")
+            member = tarfile.TarInfo(f"k{i}.png")
             member.size = len(content)
             rows.append(
                 ("0.tar", f"k{i}", tar.offset + 512, member.size, i % 3 if labelled else None, side, side)
