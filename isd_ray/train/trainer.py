@@ -177,7 +177,7 @@ def open_splits(config: Config) -> Splits:
         seed=data.subset_seed,
         class_order=data.class_order,
         download=data.download,
-        **data.scheme_options,
+        options=data.scheme_options,
     )
     return hold_out(config, splits) if data.validation else splits
 
