@@ -87,6 +87,12 @@ def one_size(table: pa.Table) -> tuple[int, int] | None:
     return width["min"], height["min"]
 
 
+def require_side(side: int) -> None:
+    """Refuse a view without a pixel."""
+    if side < 1:
+        raise UserError(f"a view of {side} pixels: --image-size is at least 1")
+
+
 def whole_size(table: pa.Table, side: int) -> tuple[int, int] | None:
     """Return (width, height) of images that travel whole to where views of `side` pixels are made, else None.
 
@@ -95,8 +101,7 @@ def whole_size(table: pa.Table, side: int) -> tuple[int, int] | None:
 
     Raises UserError for a view without a pixel.
     """
-    if side < 1:
-        raise UserError(f"a view of {side} pixels: --image-size is at least 1")
+    require_side(side)
     size = one_size(table)
     most = max(WHOLE_VIEWS * side**2, WHOLE_PIXELS)
     return size if size and size[0] * size[1] <= most else None

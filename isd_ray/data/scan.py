@@ -20,10 +20,9 @@ from isd_ray.data.decode import MAX_BYTES, describe, open_header, orientation
 from isd_ray.data.headers import open_tar, split_key
 from isd_ray.data.packed import open_shard
 from isd_ray.data.store import StoreError
+from isd_ray.errors import printable
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif")
-# Only decoders of these plain raster formats are tried on foreign bytes.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif", "jp2")
 SCHEMA = pa.schema(
     [
         ("shard", pa.string()),
@@ -72,7 +71,7 @@ def index_shard(filesystem: pafs.FileSystem, path: str) -> tuple[pa.Table, list[
     if broken is None and not (rows or bad):
         broken = "no sample in the tar"
     if broken is not None:
-        reason = (broken.splitlines() or ["unreadable"])[0][:200]
+        reason = printable((broken.splitlines() or ["unreadable"])[0])[:200]
         bad.append({"shard": samples.shard, "key": None, "reason": reason, "rows": len(rows)})
     return pa.Table.from_pylist(rows, schema=SCHEMA), bad
 
@@ -146,7 +145,7 @@ class _Samples:
         return sorted(rows, key=lambda row: row["offset"]), self.bad
 
     def _note(self, key: str, reason: str) -> None:
-        self.bad.append({"shard": self.shard, "key": key, "reason": reason})
+        self.bad.append({"shard": self.shard, "key": key, "reason": printable(reason)[:300]})
 
 
 class BadSample(ValueError):
@@ -208,7 +207,7 @@ class _Scan:
             raise BadSample("image member of zero bytes")
         if info.size > MAX_BYTES:
             raise BadSample(f"image member of {info.size} bytes, more than {MAX_BYTES}")
-        with open_header(self._open(info), IMAGE_FORMATS) as picture:
+        with open_header(self._open(info)) as picture:
             width, height = picture.size
             if orientation(picture) >= 5:  # stored lying on its side
                 width, height = height, width

@@ -38,7 +38,7 @@ class Log:
             batch = config.train.batch_size
             self.loggers = open_loggers(config, folder, worker.out, step)
             self.progress = Progress(config.train.epochs, self.steps, batch, start_step=step, out=worker.out)
-            self.metrics = MetricsWriter(folder.uri, start_step=step)
+            self.metrics = MetricsWriter(folder, start_step=step)
 
     def __enter__(self) -> "Log":
         return self
