@@ -136,7 +136,7 @@ def test_a_remote_folder_has_no_tensorboard_and_that_is_said(tmp_path):
     out, folder = io.StringIO(), SimpleNamespace(local=False, uri="s3://bucket/runs/x")
     loggers = open_loggers(config(), folder, out)
     assert loggers.places == {}
-    assert out.getvalue().startswith("note: TensorBoard's files are written to local folders alone")
+    assert out.getvalue().startswith("note: TensorBoard's files are for local folders alone")
     assert len(out.getvalue().splitlines()) == 1
     again = io.StringIO()
     open_loggers(config(), folder, again, step=5)
