@@ -172,6 +172,17 @@ def test_a_tracker_that_does_not_start_is_one_line(tmp_path, trackers):
         open_loggers(config("wandb"), RunFolder(str(tmp_path)), io.StringIO())
 
 
+def test_a_result_that_cannot_be_sent_is_a_line(tmp_path, trackers):
+    wandb, _ = trackers
+    wandb.broken, out, folder = True, io.StringIO(), RunFolder(str(tmp_path))
+    folder.write("checkpoints/step-00000008.pt", b"")
+    result = {"metrics": {"student": {"knn20": 60.0}}}
+    send_result(config("wandb"), folder, result, out)
+    assert out.getvalue().startswith("note: the result is not sent: --train.loggers wandb: ")
+    send_result(config("wandb"), folder, {"metrics": {}, "note": "no test set"}, out)
+    assert len(out.getvalue().splitlines()) == 1
+
+
 def test_a_tracker_that_fails_on_the_way_is_left_out_with_a_line(tmp_path, trackers):
     wandb, mlflow = trackers
     out = io.StringIO()
