@@ -61,9 +61,9 @@ def from_weights(
     """Load a local file of weights: safetensors of `export_backbone`, or any safetensors or .pth of a known backbone.
 
     backbone, stem: what the file holds, where it does not say. encoder: beginning of the keys, "encoder_q" or
-    "encoder_k" in MoCo's and ISD's files, "encoder_q" or "encoder_t" in MSF's. image_size: default the file's, else
-    224; without a note in the file images are normalised as for ImageNet. Raises UserError where a key or shape does
-    not match.
+    "encoder_k" in MoCo's and ISD's files, "encoder_q" or "encoder_t" in MSF's. image_size: default
+    the file's, else 224; without a note in the file images are normalised as for ImageNet. Raises
+    UserError where a key or shape does not match.
     """
     described = interop.describe(path) if path.endswith(".safetensors") else None
     if described is not None:
