@@ -7,8 +7,10 @@ import yaml
 
 from isd_ray import session
 from isd_ray.config import flatten, merge, validate
+from isd_ray.data.index import class_counts
 from isd_ray.ending import GOES_ON
 from isd_ray.errors import MachineError, UserError
+from isd_ray.evaluate.names import size_faults
 from isd_ray.messages import say
 from isd_ray.room import local_cpus, room
 from isd_ray.sweep import report, results
@@ -20,6 +22,7 @@ from isd_ray.sweep.space import Space
 from isd_ray.train.claim import claimed
 from isd_ray.train.folder import RunFolder
 from isd_ray.train.trainer import FREE, FREE_SECTIONS, check_sizes, open_splits, run_uri
+from isd_ray.train.validation import watched_tables
 
 # Parts of a space that may change when a sweep is continued: they say how much is tried and where.
 FREE_PARTS = {"description", "confirm", "resources"}
@@ -58,6 +61,9 @@ def _searched(plan: Plan, folder: RunFolder, name: str) -> results.Outcome:
         config = resolved(plan, plan.default)
         splits = open_splits(config)
         check_sizes(config, splits.train)
+        counts = [class_counts(table).tolist() for table in watched_tables(config, splits).values()]
+        if faults := list(size_faults(plan.space.metrics, *counts)):
+            raise UserError("goals: " + "; ".join(faults))
         if (text := plan.broken(plan.default, splits.train.num_rows)) is not None:
             raise UserError(
                 f"the default breaks the constraint '{text}': there are {splits.train.num_rows:,} images"

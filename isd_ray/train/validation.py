@@ -1,4 +1,4 @@
-"""Evaluation on the way: kNN on held-out training images every few epochs, for people and sweeps that choose by it.
+"""Evaluation on the way, on held-out training images, for people and sweeps that choose by it.
 
 The numbers go to validation.jsonl in the run folder, one row an evaluated epoch. The test set takes no part.
 """
@@ -19,7 +19,8 @@ from isd_ray.data.augment import center_view
 from isd_ray.data.catalog import Splits
 from isd_ray.data.index import class_counts, classes
 from isd_ray.errors import UserError
-from isd_ray.evaluate.protocols import KNN, evaluate_encoders
+from isd_ray.evaluate.names import ALONG, size_faults
+from isd_ray.evaluate.score import evaluate_encoders
 from isd_ray.train.evaluation import bank_name, choose_bank, grouping, load_labelled
 from isd_ray.train.folder import RunFolder, read_lines
 from isd_ray.train.state import State, Worker
@@ -30,13 +31,20 @@ Row = dict[str, Any]
 
 
 def watched_tables(config: Config, splits: Splits) -> dict[str, pa.Table]:
-    """Return the tables that the evaluation on the way reads, by file name in the run folder."""
+    """Return the tables that the evaluation on the way reads, by file name in the run folder.
+
+    Raises UserError where there are none, or where they cannot serve what is to be measured.
+    """
     bank = choose_bank(config, splits)
     if not config.data.validation or splits.test is None or bank is None:
         raise UserError(
             f"--evaluate.every {config.evaluate.every}: it needs --data.validation N, images to evaluate on; the test "
             "set is looked at once, when the run is over"
         )
+    counts = [class_counts(table).tolist() for table in (bank, splits.test)]
+    asked = [name for name in config.evaluate.along if name not in ALONG]
+    if faults := list(size_faults(asked, *counts)):
+        raise UserError("--evaluate.along: " + "; ".join(faults))
     return {"bank.parquet": bank, "validation.parquet": splits.test}
 
 
@@ -91,12 +99,13 @@ class Watch:
         result = self.evaluate(state)
         row: Row = {"step": state.step, "epoch": state.step // self.steps, "time": round(time.time(), 3)}
         for network, metrics in result["metrics"].items():
-            for metric, accuracy in metrics.items():
-                if accuracy is not None:
-                    groups = result["groups"][network][metric]
-                    row[f"{network}.{metric}"] = accuracy
-                    row[f"{network}.{metric}.class_mean"] = result["class_mean"][network][metric]
-                    row |= {f"{network}.{metric}.{group}": value for group, value in groups.items()}
+            for metric, number in metrics.items():
+                if number is None:
+                    continue
+                row[f"{network}.{metric}"] = number
+                if (groups := result["groups"][network][metric]) is not None:
+                    means = {"class_mean": result["class_mean"][network][metric]} | groups
+                    row |= {f"{network}.{metric}.{group}": value for group, value in means.items()}
         return row
 
     def evaluate(self, state: State) -> dict[str, Any]:
@@ -119,7 +128,7 @@ class Watch:
             with_pixels=False,
             batch_size=self.config.evaluate.batch_size,
             device=self.worker.device,
-            protocols=KNN,
+            protocols=self.config.evaluate.along,
             seed=self.config.train.seed,
         )
 
