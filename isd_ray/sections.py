@@ -59,14 +59,15 @@ class DataConfig(Section):
     std: list[float] = Field([0.229, 0.224, 0.225], description="Deviation of the channels")
     cache: Literal["auto", "memory", "object_store", "device", "none"] = Field(
         "auto",
-        description="Decoded images of one size are kept by every worker, once a node in Ray's object store, or on the "
-        "training device; none streams the shards every epoch; auto: memory up to 2 GiB, else none",
+        description="Decoded images of one size, not much larger than a view, are kept by every worker, once a node in "
+        "Ray's object store, or on the training device; none streams the shards every epoch; "
+        "auto: memory up to 2 GiB, else none",
     )
     augment_on: Literal["auto", "device", "tasks"] = Field(
         "auto",
         description="Where views get their colours: on the training device in batches, or in the reading tasks, on "
-        "every CPU of the cluster; auto: in tasks where they are cropped there anyway (images of several sizes) and "
-        "training is on a CPU",
+        "every CPU of the cluster; auto: in tasks where they are cropped there anyway (images of several sizes, "
+        "or large ones) and training is on a CPU",
     )
     max_bad: float = Field(
         0.01, ge=0, le=1, description="Largest share of broken images before the run stops"

@@ -6,24 +6,32 @@ made once in a cache, so there is one data path.
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-import isd_ray
 from isd_ray import definitions
 from isd_ray.data import index
 from isd_ray.data.files import AbsentError, absolute, exists, is_folder, join
 from isd_ray.data.imbalance import subset
+from isd_ray.data.scheme_options import read_options
 from isd_ray.data.shards import make_shards
 from isd_ray.errors import UserError, listed, printable
 from isd_ray.values import faults_of
+from isd_ray.version import __version__
 from isd_ray.yaml_files import parse_mapping, read_mapping
 
 SPLITS = ("train", "test", "bank")
+ELSEWHERE = {  # what is no option of a scheme's own, and how it is given
+    "scheme": "--data.scheme",
+    "ratio": "--data.ratio",
+    "seed": "--data.subset_seed",
+    "class_order": "--data.class_order",
+}
 
 
 class _Strict(BaseModel):
@@ -76,6 +84,15 @@ class Definition(_Strict):
         default_factory=dict, description="the same for one method, by its name; they win over `defaults`"
     )
 
+    @field_validator("imbalance", mode="after")
+    @classmethod
+    def _are_options(cls, imbalance: dict[str, Any]) -> dict[str, Any]:
+        try:
+            read_options(imbalance.get("scheme"), {k: v for k, v in imbalance.items() if k != "scheme"})
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return imbalance
+
 
 class Splits(NamedTuple):
     """Index tables of the pretraining set, the kNN bank and the test set (None: no evaluation)."""
@@ -124,10 +141,10 @@ def open_dataset(
     ratio: float | None = None,
     seed: int = 0,
     class_order: Literal["label", "random"] | None = None,
+    options: Mapping[str, Any] | None = None,
     workers: int | None = None,
     quiet: bool = True,
     download: bool = False,
-    **options: Any,
 ) -> Splits:
     """Open the data set `name`.
 
@@ -136,14 +153,19 @@ def open_dataset(
         shards: URI of a folder with train/ (and test/, bank/) of shards with an index, or of one such split;
             used instead of `root`.
         cache_dir: where shards are made otherwise (default: ISD_RAY_CACHE, else XDG_CACHE_HOME/isd_ray).
-        scheme, ratio, seed, class_order, options: see `imbalance.subset`; they replace the definition's.
-            Another scheme than the definition's starts without the definition's other arguments.
+        scheme, ratio, seed, class_order: see `imbalance.subset`; they replace the definition's. Another scheme
+            than the definition's starts without the definition's other arguments.
+        options: further options of the scheme.
         workers, quiet, download: of `make_shards`.
 
     Raises:
-        UserError: unknown name, nothing at root or shards, or classes that do not fit.
+        UserError: unknown name, an option that the scheme does not take, nothing at root or shards, or classes
+            that do not fit.
     """
     definition = load_definition(name)
+    chosen = {"scheme": scheme, "ratio": ratio, "class_order": class_order}
+    asked, arguments = _arguments(definition, chosen, options or {}, seed)
+    read_options(asked, arguments)  # before anything is read
     if name == "shards" and shards is None:
         shards, root = root, None
     if shards is not None:
@@ -157,8 +179,7 @@ def open_dataset(
             quiet=quiet,
             download=download,
         )
-    chosen = {"scheme": scheme, "ratio": ratio, "class_order": class_order, **options}
-    return _split(definition, tables, _arguments(definition, chosen, seed))
+    return _split(definition, tables, asked, arguments)
 
 
 def default_cache() -> str:
@@ -203,9 +224,7 @@ def _from_source(definition: Definition, root: str | None, cache: Path, **how: A
             f"data set '{definition.name}' needs its images: give their folder as root, or shards"
         )
     where = absolute(root) if root else ""
-    origin = (
-        where if definition.needs_root else isd_ray.__version__
-    )  # a newer generator may draw other images
+    origin = where if definition.needs_root else __version__  # a newer generator may draw other images
     digest = hashlib.sha256(repr((origin, definition.sources)).encode()).hexdigest()[:8]
     folder = str(cache / f"{definition.cache or definition.name}-{digest}")
     tables: dict[str, pa.Table] = {}
@@ -234,19 +253,31 @@ def _cached(
     raise UserError(f"data set '{definition.name}', {split}: " + "; or ".join(problems))
 
 
-def _arguments(definition: Definition, chosen: dict[str, Any], seed: int) -> dict[str, Any]:
-    given = {k: v for k, v in chosen.items() if v is not None}
-    base = dict(definition.imbalance)
-    if given.get("scheme", base.get("scheme")) != base.get("scheme"):
-        base = {}
-    return {"scheme": None, **base, "seed": seed, **given}
+def _arguments(
+    definition: Definition, chosen: Mapping[str, Any], options: Mapping[str, Any], seed: int
+) -> tuple[str | None, dict[str, Any]]:
+    """Return the scheme and its options: those given over the definition's, where it is the definition's scheme or
+    the balanced control of it.
+    """
+    for name in options:
+        if name in ELSEWHERE:
+            raise UserError(f"--data.scheme_options: {name} is an option of its own: {ELSEWHERE[name]}")
+    given = {k: v for k, v in chosen.items() if v is not None} | {str(k): v for k, v in options.items()}
+    own = dict(definition.imbalance)
+    scheme = given.pop("scheme", own.get("scheme"))
+    drawn_from = given.get("of") if scheme == "balanced" else scheme
+    if own.pop("scheme", None) != drawn_from:
+        own = {}
+    return scheme, {**own, **given, "seed": seed}
 
 
-def _split(definition: Definition, tables: dict[str, pa.Table], arguments: dict[str, Any]) -> Splits:
+def _split(
+    definition: Definition, tables: dict[str, pa.Table], scheme: str | None, arguments: dict[str, Any]
+) -> Splits:
     whole = tables["train"]
     _check_classes(definition, whole)
     others = {s: _align(tables[s], index.classes(whole), s) for s in ("test", "bank") if s in tables}
-    train = subset(whole, **arguments)
+    train = subset(whole, scheme, **arguments)
     if not len(train):
         raise UserError(f"data set '{definition.name}': the imbalance scheme leaves no image")
     bank = others.get("bank", whole if definition.bank == "balanced" else train)

@@ -7,9 +7,6 @@ and the balanced control of the same size shares its images with the long-tailed
 of SDCLR (Jiang et al., ICML 2021). Rows stay in order of the index, so reading stays sequential.
 """
 
-import inspect
-import posixpath
-import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Literal
@@ -19,13 +16,42 @@ import pyarrow as pa
 import yaml
 
 from isd_ray import definitions
-from isd_ray.data.files import read_bytes
+from isd_ray.data.file_lists import listed
 from isd_ray.data.index import class_counts, classes, labels
-from isd_ray.errors import UserError, nearest
+from isd_ray.data.scheme_options import (
+    CAP,
+    FEW,
+    LARGE,
+    SCHEMES,
+    SMALL,
+    Balanced,
+    Control,
+    Counts,
+    Exponential,
+    Isd830,
+    LargeSmall,
+    Listed,
+    Pareto,
+    Quota,
+    Ranked,
+    Step,
+    read_options,
+)
+from isd_ray.errors import UserError, nearest, printable
+
+__all__ = [
+    "SCHEMES",
+    "exponential_counts",
+    "pareto_counts",
+    "published_classes",
+    "quota",
+    "split_holdout",
+    "step_counts",
+    "subset",
+]
 
 # What a random stream is for: the same seed must not give related class orders and shuffles.
 _IMAGES, _ORDER, _HOLDOUT, _DRAW = 0, 1, 2, 3
-LARGE, SMALL, CAP, FEW = 8, 30, 1300, 100  # the unbalanced sets of ISD (Tejankar et al., ICCV 2021)
 
 
 # -- counts by rank ------------------------------------------------------------------------------------------
@@ -59,16 +85,14 @@ def pareto_counts(
     int64[C].
 
     `n_r = min(n_max, int(floor + scale * (u_r^(-1/alpha) - 1)))`, largest first, with `u_r = (r + 1/2) / C`
-    (quantile) or sorted uniform draws (draw). Without `scale`, the largest quantile is n_max. ImageNet-LT:
-    alpha 6, scale 557, n_max 1280 for 1000 classes; Places-LT: alpha 1.49, scale 96, n_max 4980 for 365
-    classes.
+    (quantile) or sorted uniform draws (draw). Without `scale`, the largest quantile is n_max; with a floor above
+    n_max all classes have n_max. ImageNet-LT: alpha 6, scale 557, n_max 1280 for 1000 classes; Places-LT: alpha
+    1.49, scale 96, n_max 4980 for 365 classes.
     """
-    if mode not in ("quantile", "draw"):
-        raise UserError(f"unknown pareto mode '{mode}': quantile or draw")
     even = (np.arange(n_classes) + 0.5) / n_classes
     u = even if mode == "quantile" else 1 - np.sort(_rng(seed, _DRAW).random(n_classes))[::-1]
     if scale is None:
-        scale = (n_max - floor) / (even[0] ** (-1 / alpha) - 1)
+        scale = max(n_max - floor, 0) / (even[0] ** (-1 / alpha) - 1)
     size = np.floor(floor + scale * (u ** (-1 / alpha) - 1) + 1e-9)
     return np.minimum(n_max, size).astype(np.int64)
 
@@ -80,73 +104,44 @@ def _rng(seed: int, *key: int) -> np.random.Generator:
 # -- subsets -------------------------------------------------------------------------------------------------
 
 
-def subset(
-    table: pa.Table,
-    scheme: str | None,
-    *,
-    ratio: float = 100,
-    seed: int = 0,
-    class_order: Literal["label", "random"] = "label",
-    n_max: int | None = None,
-    holdout: int = 0,
-    **options: Any,
-) -> pa.Table:
+def subset(table: pa.Table, scheme: str | None = None, /, **options: Any) -> pa.Table:
     """Return the rows of `table` that `scheme` chooses, in order of the table.
 
-    Schemes:
+    Schemes, and what each takes besides `seed` (of the choice of images and of classes):
         natural (or None): every row.
         exponential, step: `ratio` = largest over smallest class.
         pareto: options alpha, scale, floor, mode.
-        counts: option counts = images by rank.
+        counts: option counts = images by rank, or {class name: images}; classes that it leaves out have none.
         large_small: options n_large, size_large, size_small, n_small (None: the rest).
         isd_8_30: 8 classes of at most 1300 images and 30 of 100; option split = "D1".."D10" takes the
             published classes by WordNet id, without it ("") the classes are drawn by the seed.
         balanced: option per_class, or `of` = the scheme whose size is to be matched (the control D_b);
             further options are those of that scheme.
-        list: option files = path of a text file, or keys; the published D1..D10 lists work; missing = "error"
-            | "skip".
-
-    Args:
-        ratio: imbalance ratio.
-        seed: of the choice of images and of classes.
-        class_order: "label": class 0 is the largest; "random": by the seed.
-        n_max: images of the largest class (default: those of the largest class there is).
-        holdout: images of each class that are left out beforehand (see `holdout`).
+        list: option files = path of a text file, or keys, see `listing`; missing = "error" | "skip".
+    All but natural and list also take class_order ("label": class 0 is the largest; "random": by the seed) and
+    holdout, images of each class that are left out beforehand (see `split_holdout`); exponential, step and
+    pareto take n_max, images of the largest class (default: those of the largest class there is).
 
     Raises:
-        UserError: unknown scheme or option, or a scheme that needs labels on an unlabelled index.
+        UserError: unknown scheme or option, a value that it does not take (see `scheme_options`), or a scheme
+            that needs labels on an unlabelled index.
     """
-    if scheme in (None, "natural", "none"):
-        _only(options)
+    asked = read_options(scheme, options)
+    if isinstance(asked, Listed):
+        return listed(table, asked.files, asked.missing)
+    if not isinstance(asked, Quota | Control):
         return table
-    if scheme == "list":
-        return _listed(table, **_only(options, "files", "missing"))
-    if scheme not in (*_SCHEMES, "balanced"):
-        raise UserError(
-            f"unknown imbalance scheme '{scheme}'.{nearest(str(scheme), SCHEMES)} Known: {', '.join(SCHEMES)}"
-        )
-    if ratio < 1:
-        raise UserError(f"imbalance ratio {ratio}: it is the largest class over the smallest, at least 1")
     require_labels(table, f"imbalance scheme '{scheme}'")
-    if holdout:
-        table = split_holdout(table, holdout, seed)[0]
-    shape = {"ratio": ratio, "seed": seed, "class_order": class_order, "n_max": n_max}
-    return _prefixes(table, quota(table, str(scheme), **shape, **options), seed)
+    if asked.holdout:
+        table = split_holdout(table, asked.holdout, asked.seed)[0]
+    return _prefixes(table, _quota(table, asked), asked.seed)
 
 
-def quota(table: pa.Table, scheme: str, **options: Any) -> np.ndarray:
+def quota(table: pa.Table, scheme: str, /, **options: Any) -> np.ndarray:
     """Return the images asked of each class as int64[C], 0 for a class that the scheme leaves out; see
     `subset`.
     """
-    if scheme == "balanced":
-        return _balanced(table, **options)
-    scheme_quota = _SCHEMES[scheme]
-    parameters = inspect.signature(scheme_quota).parameters
-    _only(options, *(p for p in parameters if p != "table"))
-    if "counts" in parameters and "counts" not in options:
-        raise UserError("scheme 'counts' needs counts: images of each class, by rank")
-    n_max = options.pop("n_max", None) or int(class_counts(table).max())
-    return scheme_quota(table, n_max=n_max, **options)
+    return _quota(table, read_options(scheme, options))
 
 
 def require_labels(table: pa.Table, what: str) -> None:
@@ -185,83 +180,88 @@ def split_holdout(
 # -- schemes: quota of each class ----------------------------------------------------------------------------
 
 
-def _by_rank(sizes: np.ndarray, class_order: str, seed: int) -> np.ndarray:
-    if class_order not in ("label", "random"):
-        raise UserError(f"unknown class order '{class_order}': label or random")
-    order = np.arange(len(sizes)) if class_order == "label" else _rng(seed, _ORDER).permutation(len(sizes))
+def _quota(table: pa.Table, asked: Any) -> np.ndarray:
+    return _QUOTAS[type(asked)](table, asked)
+
+
+def _by_rank(sizes: np.ndarray, asked: Quota) -> np.ndarray:
+    """Give the sizes, largest first, to the classes in the order that is asked for."""
+    if asked.class_order == "label":
+        return sizes
     result = np.empty(len(sizes), np.int64)
-    result[order] = sizes
+    result[_rng(asked.seed, _ORDER).permutation(len(sizes))] = sizes
     return result
 
 
-def _exponential(table: pa.Table, *, n_max: int, ratio: float, seed: int, class_order: str) -> np.ndarray:
-    return _by_rank(exponential_counts(len(classes(table)), n_max, ratio), class_order, seed)
+def _largest(table: pa.Table, asked: Ranked) -> int:
+    return asked.n_max or int(class_counts(table).max())
 
 
-def _step(table: pa.Table, *, n_max: int, ratio: float, seed: int, class_order: str) -> np.ndarray:
-    return _by_rank(step_counts(len(classes(table)), n_max, ratio), class_order, seed)
+def _exponential(table: pa.Table, asked: Exponential) -> np.ndarray:
+    sizes = exponential_counts(len(classes(table)), _largest(table, asked), asked.ratio)
+    return _by_rank(sizes, asked)
 
 
-def _pareto(
-    table: pa.Table,
-    *,
-    n_max: int,
-    ratio: float,
-    seed: int,
-    class_order: str,
-    alpha: float = 6.0,
-    scale: float | None = None,
-    floor: int = 5,
-    mode: Literal["quantile", "draw"] = "quantile",
-) -> np.ndarray:
-    shape = {"alpha": alpha, "scale": scale, "floor": floor}
-    sizes = pareto_counts(len(classes(table)), n_max, mode=mode, seed=seed, **shape)  # type: ignore[arg-type]
-    return _by_rank(sizes, class_order, seed)
+def _step(table: pa.Table, asked: Step) -> np.ndarray:
+    return _by_rank(step_counts(len(classes(table)), _largest(table, asked), asked.ratio), asked)
 
 
-def _counts(
-    table: pa.Table, *, n_max: int, ratio: float, seed: int, class_order: str, counts: Sequence[int]
-) -> np.ndarray:
-    if len(counts) != len(classes(table)):
-        raise UserError(f"scheme 'counts' has {len(counts)} counts for {len(classes(table))} classes")
-    return _by_rank(np.asarray(counts, np.int64), class_order, seed)
+def _pareto(table: pa.Table, asked: Pareto) -> np.ndarray:
+    law = asked.model_dump(include={"alpha", "scale", "floor", "mode", "seed"})
+    return _by_rank(pareto_counts(len(classes(table)), _largest(table, asked), **law), asked)
 
 
-def _large_small(
-    table: pa.Table,
-    *,
-    n_max: int,
-    ratio: float,
-    seed: int,
-    class_order: str,
-    n_large: int = LARGE,
-    size_large: int = CAP,
-    size_small: int = FEW,
-    n_small: int | None = None,
-    split: str | None = None,
-) -> np.ndarray:
-    """Quota of `n_large` classes x `size_large`, `n_small` x `size_small`, none of the rest."""
+def _counts(table: pa.Table, asked: Counts) -> np.ndarray:
     names = classes(table)
-    if split:
-        chosen = _published(names, split)
-    else:
-        n_small = max(len(names) - n_large, 0) if n_small is None else n_small
-        if n_large + n_small > len(names):
-            raise UserError(f"{n_large} large and {n_small} small classes are asked of {len(names)}")
-        drawn = _rng(seed, _DRAW).permutation(len(names))[: n_large + n_small]
-        chosen = np.sort(drawn)
-    result = np.zeros(len(names), np.int64)
-    result[chosen] = _by_rank(
-        np.where(np.arange(len(chosen)) < n_large, size_large, size_small), class_order, seed
-    )
-    return result
+    if isinstance(asked.counts, dict):
+        chosen = _numbers(names, list(asked.counts), "counts")
+        sizes = np.fromiter(asked.counts.values(), np.int64)
+        return _of_classes(len(names), chosen, _by_rank(sizes, asked))
+    if len(asked.counts) != len(names):
+        raise UserError(f"scheme 'counts' has {len(asked.counts)} counts for {len(names)} classes")
+    return _by_rank(np.asarray(asked.counts, np.int64), asked)
 
 
-def _isd_8_30(
-    table: pa.Table, *, n_max: int, ratio: float, seed: int, class_order: str, split: str = ""
+def _large_small(table: pa.Table, asked: LargeSmall) -> np.ndarray:
+    n_classes = len(classes(table))
+    n_small = max(n_classes - asked.n_large, 0) if asked.n_small is None else asked.n_small
+    if asked.n_large + n_small > n_classes:
+        raise UserError(f"{asked.n_large} large and {n_small} small classes are asked of {n_classes}")
+    drawn = _rng(asked.seed, _DRAW).permutation(n_classes)[: asked.n_large + n_small]
+    return _two_sizes(n_classes, np.sort(drawn), asked.n_large, (asked.size_large, asked.size_small), asked)
+
+
+def _isd_8_30(table: pa.Table, asked: Isd830) -> np.ndarray:
+    if not asked.split:
+        common = asked.model_dump(include={"seed", "class_order"})
+        return _large_small(table, LargeSmall(n_small=SMALL, **common))
+    names = classes(table)
+    return _two_sizes(len(names), _published(names, asked.split), LARGE, (CAP, FEW), asked)
+
+
+def _balanced(table: pa.Table, asked: Balanced) -> np.ndarray:
+    return np.full(len(classes(table)), asked.per_class, np.int64)
+
+
+def _control(table: pa.Table, asked: Control) -> np.ndarray:
+    """Quota of floor(|D_i| / C) for D_i of C classes."""
+    wanted = _quota(table, asked.of)
+    size, present = int(np.minimum(wanted, class_counts(table)).sum()), int((wanted > 0).sum())
+    return np.where(wanted > 0, size // max(present, 1), 0)
+
+
+def _two_sizes(
+    n_classes: int, chosen: np.ndarray, n_large: int, sizes: tuple[int, int], asked: Quota
 ) -> np.ndarray:
-    common = {"n_max": n_max, "ratio": ratio, "seed": seed, "class_order": class_order}
-    return _large_small(table, n_large=LARGE, n_small=SMALL, split=split, **common)  # type: ignore[arg-type]
+    large = np.arange(len(chosen)) < n_large
+    return _of_classes(n_classes, chosen, _by_rank(np.where(large, *sizes).astype(np.int64), asked))
+
+
+def _of_classes(n_classes: int, chosen: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Quota of `sizes` for the classes `chosen`, of none for the rest."""
+    result = np.zeros(n_classes, np.int64)
+    result[chosen] = sizes
+    return result
 
 
 def _published(names: Sequence[str], split: str) -> np.ndarray:
@@ -269,16 +269,24 @@ def _published(names: Sequence[str], split: str) -> np.ndarray:
     lists = published_classes()
     if split not in lists:
         raise UserError(
-            f"unknown split '{split}' of isd_8_30.{nearest(split, lists)} Known: {', '.join(lists)}"
+            f"unknown split '{printable(split)[:60]}' of isd_8_30.{nearest(split, lists)} Known: {', '.join(lists)}"
         )
-    number = {n: i for i, n in enumerate(names)}
-    wanted = [f"n{w}" for part in ("large", "small") for w in lists[split][part].split()]
-    missing = [w for w in wanted if w not in number]
+    return _numbers(
+        names, [f"n{w}" for part in ("large", "small") for w in lists[split][part].split()], split
+    )
+
+
+def _numbers(names: Sequence[str], wanted: Sequence[str], what: str) -> np.ndarray:
+    """Return the labels of classes by name; raises UserError where the index lacks one."""
+    number = {name: i for i, name in enumerate(names)}
+    missing = [name for name in wanted if name not in number]
     if missing:
+        first = printable(missing[0])[:60]
         raise UserError(
-            f"{split} needs ImageNet's classes by WordNet id; {len(missing)} are missing, e.g. {missing[0]}"
+            f"{what} names {len(wanted)} classes, of which the index lacks {len(missing)}, e.g. '{first}'."
+            f"{nearest(first, names)}"
         )
-    return np.array([number[w] for w in wanted])
+    return np.array([number[name] for name in wanted], np.int64)
 
 
 @lru_cache
@@ -287,96 +295,13 @@ def published_classes() -> dict[str, dict[str, str]]:
     return yaml.safe_load(definitions.find("datasets", "isd_8_30").read_text())["class_lists"]
 
 
-def _balanced(
-    table: pa.Table, *, per_class: int | None = None, of: str | None = None, **options: Any
-) -> np.ndarray:
-    """Quota of `per_class`, or of floor(|D_i| / C) for the scheme `of` with C classes."""
-    if (per_class is None) == (of is None) or of == "balanced":
-        raise UserError("scheme 'balanced' needs either per_class or of, the scheme whose size it matches")
-    if of is not None and of not in _SCHEMES:
-        raise UserError(
-            f"unknown imbalance scheme '{of}'.{nearest(of, _SCHEMES)} Known: {', '.join(_SCHEMES)}"
-        )
-    if of is None:
-        _only(options, "ratio", "seed", "class_order", "n_max")
-        return np.full(len(classes(table)), per_class, np.int64)
-    asked = quota(table, of, **options)
-    size = int(np.minimum(asked, class_counts(table)).sum())
-    return np.where(asked > 0, size // int((asked > 0).sum()), 0)
-
-
-_SCHEMES: dict[str, Callable[..., np.ndarray]] = {
-    "exponential": _exponential,
-    "step": _step,
-    "pareto": _pareto,
-    "counts": _counts,
-    "large_small": _large_small,
-    "isd_8_30": _isd_8_30,
+_QUOTAS: dict[type, Callable[[pa.Table, Any], np.ndarray]] = {
+    Exponential: _exponential,
+    Step: _step,
+    Pareto: _pareto,
+    Counts: _counts,
+    LargeSmall: _large_small,
+    Isd830: _isd_8_30,
+    Balanced: _balanced,
+    Control: _control,
 }
-SCHEMES = ("natural", *_SCHEMES, "balanced", "list")
-
-
-def _only(options: dict[str, Any], *known: str) -> dict[str, Any]:
-    for name in options:
-        if name not in known:
-            there = ", ".join(known) or "none"
-            raise UserError(f"unknown imbalance option '{name}'.{nearest(name, known)} Known: {there}")
-    return options
-
-
-# -- explicit lists ------------------------------------------------------------------------------------------
-
-
-def _listed(table: pa.Table, files: str | Sequence[str] = (), missing: str = "error") -> pa.Table:
-    """Rows named by keys or file names: matched by whole key, else by class folder and base name, else by
-    base name.
-    """
-    entries = _entries(files, set(classes(table)))
-    names = [_stem(k) for k in table["key"].to_pylist()]
-    found: dict[str, int | None] = dict.fromkeys(entries)
-    for depth in (None, 2, 1):
-        rows = _by_suffix(names, depth)
-        for entry in [e for e, row in found.items() if row is None]:
-            found[entry] = rows.get(_suffix(entry, depth))
-    lost = [e for e, row in found.items() if row is None]
-    if (lost and missing == "error") or len(lost) == len(found):
-        raise UserError(
-            f"{len(lost)} of {len(found)} listed files are not in the index (or not unique), e.g. '{lost[0]}'"
-        )
-    return table.take(np.unique([row for row in found.values() if row is not None]))
-
-
-def _entries(listing: str | Sequence[str], names: set[str]) -> list[str]:
-    """Return the listed files without extension; class-id lines of the published lists, comments and blanks
-    are dropped.
-    """
-    if isinstance(listing, str):
-        listing = read_bytes(listing).decode().splitlines()
-    lines = [line.strip() for line in listing]
-    kept = [
-        n for n in lines if n and not n.startswith("#") and n not in names and not re.fullmatch(r"n\d{8}", n)
-    ]
-    if not kept:
-        raise UserError("the list of files is empty")
-    return [_stem(n) for n in kept]
-
-
-def _stem(name: str) -> str:
-    folder, base = posixpath.split(name.strip("/"))
-    return posixpath.join(folder, base.partition(".")[0])
-
-
-def _suffix(name: str, depth: int | None) -> str:
-    return name if depth is None else "/".join(name.split("/")[-depth:])
-
-
-def _by_suffix(names: Sequence[str], depth: int | None) -> dict[str, int]:
-    """Map the last `depth` parts of every name to its row, leaving out what two rows share."""
-    rows: dict[str, int] = {}
-    shared = set()
-    for row, name in enumerate(names):
-        suffix = _suffix(name, depth)
-        if suffix in rows:
-            shared.add(suffix)
-        rows[suffix] = row
-    return {s: r for s, r in rows.items() if s not in shared}

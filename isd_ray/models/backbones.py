@@ -1,7 +1,7 @@
 """A study needs the same backbone call for every network: `images [b, 3, S, S] -> pooled features [b, dim]`.
 
 Small CIFAR resnets run on a laptop, torchvision's resnets are what papers report, timm has everything else.
-A backbone has no classifier and carries `dim`, `arch`, `stem` and `image_size` as plain attributes.
+A backbone has no classifier; `dim`, `arch`, `stem_kind` and `image_size` are attributes of it.
 """
 
 from collections.abc import Callable
@@ -162,7 +162,8 @@ def _probe_dim(model: nn.Module, image_size: int) -> int:
 
 
 def _describe(model: Any, arch: str, stem: str, image_size: int, dim: int) -> nn.Module:
-    model.arch, model.stem, model.image_size, model.dim = arch, stem, image_size, dim
+    model.arch, model.image_size, model.dim = arch, image_size, dim
+    model.stem_kind = stem  # `stem` is a layer of many timm models
     return model
 
 

@@ -32,9 +32,9 @@ def compare(
     content: of the study's file. given: options of every run by dotted name, which win over the file's. report_only:
     run nothing, report what is there. Raises UserError, which lists all faults, before anything runs.
     """
+    folder = RunFolder(run_uri(validate({"name": name, "output": output})))
     session.start_ray((given or {}).get("address"), _local_cpus(content, given or {}))
     plan = check(content, given)
-    folder = RunFolder(run_uri(validate({"name": name, "output": output})))
     try:
         outcome = _compared(plan, folder, name, report_only)
     except OSError as error:

@@ -19,7 +19,8 @@ from isd_ray.train.evaluation import choose_bank, grouping
 from isd_ray.train.trainer import check_sizes, open_splits
 
 TWO_SIZES = ("large_small", "isd_8_30", "step")
-CHOSEN_CLASSES = ("large_small", "isd_8_30", "list", "natural", "none")  # they may leave classes out
+# They may leave classes out.
+CHOSEN_CLASSES = ("counts", "large_small", "isd_8_30", "list", "natural", "none")
 
 
 @dataclass(frozen=True)

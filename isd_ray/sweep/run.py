@@ -36,8 +36,8 @@ def sweep(
     given: options of every run by dotted name, which win over the file's. Raises UserError for what cannot work,
     before anything starts.
     """
-    plan = check(space, given)
     folder = RunFolder(run_uri(validate({"name": name, "output": output})))
+    plan = check(space, given)
     try:
         outcome = _searched(plan, folder, name)
     except OSError as error:  # from a task of Ray's, a whole traceback that ends with it

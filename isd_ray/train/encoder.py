@@ -1,13 +1,11 @@
 """Embeddings of any image set by any trained backbone: a run's student or teacher, or a file of weights."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import ray
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from isd_ray import interop, session
@@ -21,6 +19,7 @@ from isd_ray.train.cluster import default_threads
 from isd_ray.train.embedding import PART_ROWS, CentreView, Compute, embed
 from isd_ray.train.folder import RunFolder, load_checkpoint, read_saved
 from isd_ray.train.teacher import RUN_PREFIX, below, without_classifier
+from isd_ray.weight_files import read_safetensors
 
 COLUMN = "embedding"
 
@@ -62,23 +61,22 @@ def from_weights(
     """Load a local file of weights: safetensors of `export_backbone`, or any safetensors or .pth of a known backbone.
 
     backbone, stem: what the file holds, where it does not say. encoder: beginning of the keys, "encoder_q" or
-    "encoder_k" in MoCo's and ISD's files. image_size: default the file's, else 224; without a note in the file images
-    are normalised as for ImageNet. Raises UserError where a key or shape does not match.
+    "encoder_k" in MoCo's and ISD's files, "encoder_q" or "encoder_t" in MSF's. image_size: default the file's, else
+    224; without a note in the file images are normalised as for ImageNet. Raises UserError where a key or shape does
+    not match.
     """
-    metadata = interop.backbone_metadata(path) if path.endswith(".safetensors") else {}
-    if "arch" in metadata:
-        stem = "auto" if metadata["stem"] == "own" else metadata["stem"]
-        network = build_backbone(metadata["arch"], stem, int(metadata["image_size"]))
+    described = interop.describe(path) if path.endswith(".safetensors") else None
+    if described is not None:
+        network = build_backbone(described.arch, described.stem, described.image_size)
         interop.load_backbone(network, path)
-        mean, std = (tuple(json.loads(metadata[name])) for name in ("mean", "std"))
-        return Encoder(network, CentreView(image_size or int(metadata["image_size"]), mean, std))
+        return Encoder(network, CentreView(image_size or described.image_size, described.mean, described.std))
     if backbone is None:
         raise UserError(
             f"{path} does not say which backbone it holds: give --backbone (resnet50, timm:NAME, ...)"
         )
     network = build_backbone(backbone, stem, image_size or 224)
     if path.endswith(".safetensors"):
-        interop.load_weights(network, without_classifier(load_file(path), network), path)
+        interop.load_weights(network, without_classifier(read_safetensors(path), network), path)
     else:
         interop.load_encoder(path, network, encoder)
     return Encoder(network, CentreView(image_size or 224, interop.IMAGENET_MEAN, interop.IMAGENET_STD))

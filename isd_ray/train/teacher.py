@@ -1,25 +1,26 @@
 """Where a frozen teacher comes from: a run, a published checkpoint or a file of weights. Nothing is downloaded."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import yaml
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from isd_ray import interop
-from isd_ray.config import Config, MethodConfig
-from isd_ray.errors import UserError
+from isd_ray.config import Config, MethodConfig, validate
+from isd_ray.errors import UserError, printable
 from isd_ray.methods import options_of
 from isd_ray.models.backbones import SMALL_RESNETS, TORCHVISION_RESNETS, build_backbone
 from isd_ray.models.frozen import Frozen
-from isd_ray.train.folder import RunFolder, load_checkpoint
+from isd_ray.train.folder import RunFolder, load_checkpoint, read_saved
+from isd_ray.weight_files import read_checkpoint, read_safetensors
 
 RUN_PREFIX = {"student": "student.backbone.", "teacher": "teacher.network.backbone."}
-PUBLISHED_PREFIX = {"student": "encoder_q.", "teacher": "encoder_k."}  # MoCo, ISD, MSF
+PUBLISHED_PREFIXES = {  # MoCo's and ISD's files; MSF calls its teacher the target
+    "student": ("encoder_q.",),
+    "teacher": ("encoder_k.", "encoder_t."),
+}
 
 
 class Found(NamedTuple):
@@ -41,18 +42,14 @@ def load_teacher(config: Config) -> Frozen | None:
     to have been trained with another normalisation.
     """
     method, data = config.method, config.data
-    if "teacher" not in options_of(method.name):
+    source = asked_teacher(method)
+    if source is None:
         return None
-    if method.teacher is None:
-        raise UserError(
-            f"--method.name {method.name} learns from a trained network: give --method.teacher, the folder of a run or "
-            "a file of weights"
-        )
     found = find_in_run(method) or find_in_file(method)
     network = build_backbone(found.arch, found.stem, found.image_size or data.image_size)
     # Weights from the time before batch norm counted its batches; nothing here reads that count.
     counts = {n: v for n, v in network.state_dict().items() if n.endswith(".num_batches_tracked")}
-    interop.load_weights(network, counts | without_classifier(found.weights, network), method.teacher)
+    interop.load_weights(network, counts | without_classifier(found.weights, network), source)
     for name in ("mean", "std"):
         trained, given = getattr(found, name), getattr(data, name)
         if trained is not None and list(trained) != list(given):
@@ -61,8 +58,20 @@ def load_teacher(config: Config) -> Frozen | None:
                 f"{list(given)}; give it the teacher's"
             )
     teacher = Frozen(network)
-    try_out(teacher, data.image_size, method.teacher)
+    try_out(teacher, data.image_size, source)
     return teacher
+
+
+def asked_teacher(method: MethodConfig) -> str | None:
+    """Return where the teacher lies, None for a method without one; raises UserError."""
+    if "teacher" not in options_of(method.name):
+        return None
+    if method.teacher is None:
+        raise UserError(
+            f"--method.name {method.name} learns from a trained network: give --method.teacher, "
+            "the folder of a run or a file of weights"
+        )
+    return method.teacher
 
 
 def find_in_run(method: MethodConfig) -> Found | None:
@@ -74,53 +83,48 @@ def find_in_run(method: MethodConfig) -> Found | None:
         return None
     if checkpoint is None and not folder.exists("result.json"):
         raise UserError(f"--method.teacher {spec}: that run is not finished; name one of its checkpoints")
-    saved, options = load_checkpoint(folder, checkpoint), yaml.safe_load(folder.read("config.yaml"))
+    saved, run = load_checkpoint(folder, checkpoint), validate(read_saved(folder))
     if saved is None:
         raise UserError(f"--method.teacher {spec}: that run has no checkpoint")
     name = method.teacher_encoder or "student"
     weights = below(saved["method"], RUN_PREFIX[name])
     if not weights:
         raise UserError(f"--method.teacher_encoder {name}: the run {uri} trained no such network")
-    model, data = options["model"], options["data"]
-    refuse_another_backbone(method, model["backbone"])
-    return Found(
-        weights, model["backbone"], model["stem"], data["image_size"], mean=data["mean"], std=data["std"]
-    )
+    model, data = run.model, run.data
+    refuse_another_backbone(method, model.backbone)
+    return Found(weights, model.backbone, model.stem, data.image_size, mean=data.mean, std=data.std)
 
 
 def find_in_file(method: MethodConfig) -> Found:
     """Take an encoder from a local file: ours or anyone's safetensors, a checkpoint of MoCo or ISD, a state dict."""
-    path, metadata = str(method.teacher), {}
+    path = str(method.teacher)
     if Path(path).is_dir():
         raise UserError(
             f"--method.teacher {path}: no run there (config.yaml is missing); give a run or a file"
         )
-    if path.endswith(".safetensors"):
-        metadata = interop.backbone_metadata(path)
-        weights = load_file(path)
-    else:
-        weights = interop.read_checkpoint(path)
-    if metadata.keys() >= {"arch", "stem", "image_size", "mean", "std"}:  # written by export_backbone
-        refuse_another_backbone(method, metadata["arch"])
-        if method.teacher_encoder == "teacher":
-            raise UserError(
-                f"--method.teacher_encoder teacher: {path} holds the student; give the run's folder"
-            )
-        stem = "auto" if metadata["stem"] == "own" else metadata["stem"]
-        mean, std = json.loads(metadata["mean"]), json.loads(metadata["std"])
-        return Found(weights, metadata["arch"], stem, int(metadata["image_size"]), mean, std)
-    return Found(of_encoder(weights, method), *what_it_is(weights, method))
+    if not path.endswith(".safetensors"):
+        weights = of_encoder(read_checkpoint(path), method)
+        return Found(weights, *what_it_is(weights, method))
+    weights, described = read_safetensors(path), interop.describe(path)
+    if described is None:
+        weights = of_encoder(weights, method)
+        return Found(weights, *what_it_is(weights, method))
+    refuse_another_backbone(method, described.arch)
+    if method.teacher_encoder == "teacher":
+        raise UserError(f"--method.teacher_encoder teacher: {path} holds the student; give the run's folder")
+    return Found(weights, *described)
 
 
 def of_encoder(weights: dict[str, Tensor], method: MethodConfig) -> dict[str, Tensor]:
-    """Keep the weights of one encoder, where the file has two as MoCo's and ISD's have."""
+    """Keep the weights of one encoder, where the file has two as MoCo's, ISD's and MSF's have."""
     name = method.teacher_encoder or "student"
-    if chosen := below(weights, PUBLISHED_PREFIX[name]):
-        return chosen
-    if name == "teacher" or any(below(weights, prefix) for prefix in PUBLISHED_PREFIX.values()):
-        raise UserError(
-            f"--method.teacher_encoder {name}: {method.teacher} has no encoder '{PUBLISHED_PREFIX[name][:-1]}'"
-        )
+    for prefix in PUBLISHED_PREFIXES[name]:
+        if chosen := below(weights, prefix):
+            return chosen
+    others = [prefix for prefixes in PUBLISHED_PREFIXES.values() for prefix in prefixes]
+    if name == "teacher" or any(below(weights, prefix) for prefix in others):
+        names = " or ".join(f"'{prefix[:-1]}'" for prefix in PUBLISHED_PREFIXES[name])
+        raise UserError(f"--method.teacher_encoder {name}: {method.teacher} has no encoder {names}")
     return weights
 
 
@@ -150,16 +154,18 @@ def without_classifier(weights: dict[str, Tensor], network: nn.Module) -> dict[s
     return {name: value for name, value in weights.items() if not name.startswith(prefixes)}
 
 
-def below(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the weights under a prefix, without it."""
-    return {n.removeprefix(prefix): value for n, value in weights.items() if n.startswith(prefix)}
+def below(weights: Any, prefix: str) -> dict[str, Tensor]:
+    """Return the weights under a prefix, without it; {} where there are none, or no mapping of weights."""
+    named = weights.items() if isinstance(weights, Mapping) else ()
+    return {n.removeprefix(prefix): value for n, value in named if str(n).startswith(prefix)}
 
 
 def refuse_another_backbone(method: MethodConfig, arch: str) -> None:
     """Refuse an option that contradicts what the teacher says of itself."""
     if method.teacher_backbone not in (None, arch):
         raise UserError(
-            f"--method.teacher_backbone {method.teacher_backbone}: {method.teacher} holds {arch}; leave it out"
+            f"--method.teacher_backbone {method.teacher_backbone}: {method.teacher} holds "
+            f"{printable(arch)}; leave it out"
         )
 
 

@@ -180,7 +180,8 @@ def miniature(root: Path) -> int:
     (root / "unbalanced_dataset").mkdir()
     for name, parts in lists.items():
         chosen = [(c, n) for kind, n in (("large", 6), ("small", 2)) for c in parts[kind]]
-        lines = [c for c, _ in chosen] + [f"/train/{c}/{c}_{i}.JPEG" for c, n in chosen for i in range(n)]
+        lines = ["class names : ", *(c for c, _ in chosen), "Train Images: "]
+        lines += [f"/train/{c}/{c}_{i}.JPEG" for c, n in chosen for i in range(n)]
         (root / "unbalanced_dataset" / f"{name}.txt").write_text("\n".join(lines))
     first = {c for each in lists["D1"].values() for c in each}
     return sum(6 if c in large else 2 for c in first)

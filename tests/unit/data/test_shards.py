@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from isd_ray import ending
 from isd_ray.data import index, shards
 from isd_ray.data.shards import make_shards, unique_keys
 from isd_ray.errors import UserError
@@ -196,13 +197,8 @@ def test_the_job_from_another_folder(tmp_path):
 
 def run_job(monkeypatch, *arguments):
     """Run the job in this process; return its exit code."""
-    monkeypatch.setattr(sys, "argv", [str(JOB), *map(str, arguments)])
     monkeypatch.setattr(sys, "path", list(sys.path))
-    try:
-        runpy.run_path(str(JOB), run_name="__main__")
-    except SystemExit as stop:
-        return stop.code
-    return 0
+    return ending.run_job(runpy.run_path(str(JOB))["main"], list(map(str, arguments)))
 
 
 def test_the_job_indexes_existing_tars(tmp_path, monkeypatch, capsys):

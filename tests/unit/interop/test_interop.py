@@ -1,16 +1,23 @@
+"""Published checkpoints come in exactly; backbones go out in the same bytes, and are read elsewhere."""
+
 import argparse
+import json
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import timm
 import torch
 import torchvision
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from isd_ray.errors import UserError
 from isd_ray.interop import (
-    backbone_metadata,
+    describe,
     export_backbone,
     load_backbone,
     load_encoder,
@@ -178,9 +185,58 @@ def test_export_and_load_are_exact_and_say_what_the_file_is(tmp_path, name):
     export_backbone(source, path, mean=(0.5, 0.5, 0.5))
     load_backbone(target, path)
     assert all(torch.equal(value, target.state_dict()[key]) for key, value in source.state_dict().items())
-    assert backbone_metadata(path)["arch"] == name
-    assert backbone_metadata(path)["mean"] == "[0.5, 0.5, 0.5]"
+    described = describe(path)
+    assert (described.arch, described.mean) == (name, (0.5, 0.5, 0.5))
+    again = build_backbone(described.arch, described.stem, described.image_size)
+    load_backbone(again, path)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_metadata_are_texts_that_anybody_can_read(tmp_path):
+    path = tmp_path / "backbone.safetensors"
+    export_backbone(build_backbone("timm:resnet10t"), path, mean=(0.5, 0.25, 0.125))
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {
+            "arch": "timm:resnet10t", "stem": "own", "dim": "512", "image_size": "32", "mean": "[0.5, 0.25, 0.125]",
+            "std": "[0.229, 0.224, 0.225]",
+        }  # fmt: skip
+        assert sorted(file.keys()) == sorted(build_backbone("timm:resnet10t").state_dict())
+
+
+def test_a_file_of_before_the_header_was_sorted_loads(tmp_path):
+    source, target = build_backbone("resnet8"), build_backbone("resnet8")
+    text = {key: str(getattr(source, key)) for key in ("stem", "image_size", "arch", "dim")}
+    save_file(
+        source.state_dict(), tmp_path / "old.safetensors", text | {"std": "[1, 1, 1]", "mean": "[0, 0, 0]"}
+    )
+    load_backbone(target, tmp_path / "old.safetensors")
+    assert all(torch.equal(value, target.state_dict()[key]) for key, value in source.state_dict().items())
+    assert describe(tmp_path / "old.safetensors") == ("resnet8", "cifar", 32, (0, 0, 0), (1, 1, 1))
+    save_file(source.state_dict(), tmp_path / "bare.safetensors")
+    assert describe(tmp_path / "bare.safetensors") is None
+
+
+EXPORT = """
+import sys, torch
+from isd_ray.interop import export_backbone
+from isd_ray.models.backbones import build_backbone
+torch.manual_seed(0)
+export_backbone(build_backbone("resnet8"), sys.argv[1])
+"""
+
+
+def test_equal_backbones_are_equal_bytes_in_every_process(tmp_path):
+    written = []
+    for hash_seed in ("0", "1", "2"):  # safetensors alone writes one of 720 orders each time
+        path = tmp_path / f"{hash_seed}.safetensors"
+        environment = os.environ | {"PYTHONHASHSEED": hash_seed}
+        subprocess.run([sys.executable, "-c", EXPORT, str(path)], check=True, env=environment)
+        written.append(path.read_bytes())
+    assert len(set(written)) == 1
+    length = int.from_bytes(written[0][:8], "little")
+    assert length % 8 == 0
+    texts = json.loads(written[0][8 : 8 + length])["__metadata__"]
+    assert list(texts) == sorted(texts)
 
 
 def test_load_backbone_fails_loudly(tmp_path):

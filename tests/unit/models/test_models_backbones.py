@@ -88,6 +88,15 @@ def test_timm_dim_is_that_of_the_features_where_a_head_widens_them():
     assert backbone.dim != timm.create_model("mobilenetv3_small_050").num_features
 
 
+@pytest.mark.parametrize("name", ["convnext_atto", "levit_128s", "edgenext_xx_small"])
+def test_timm_models_keep_layers_of_any_name(name):
+    """Their first layers are called `stem`."""
+    backbone = build_backbone(f"timm:{name}", image_size=64).eval()
+    assert isinstance(backbone.stem, nn.Module)
+    assert backbone.stem_kind == "own"
+    assert backbone(torch.randn(1, 3, 64, 64)).shape == (1, backbone.dim)
+
+
 def test_probing_leaves_the_running_statistics_alone():
     backbone = build_backbone("timm:resnet10t")
     assert all(m.num_batches_tracked == 0 for m in backbone.modules() if isinstance(m, nn.BatchNorm2d))

@@ -68,7 +68,7 @@ def fault(**change: Any) -> str:
         ({"config": {"train.seed": 3}}, "config: train.seed: the study sets it; use seeds"),
         ({"config": {"data.ratio": 3}}, "config: data.ratio: the study sets it; use imbalances"),
         ({"data": {"embeded_lt": {}}}, "Did you mean 'embedded_lt'?"),
-        ({"data": {"a b": {"data.dataset": "embedded_lt"}}}, "'a b' becomes part of a folder's name"),
+        ({"data": {"a b": {"data.dataset": "embedded_lt"}}}, "data: 'a b': it becomes a folder's name"),
         ({"imbalances": {"a": {"scheme": "exponentail"}}}, "unknown scheme 'exponentail'. Did you mean"),
         ({"imbalances": {"a": {"scheme": "list", "control": True}}}, "'list' has no balanced control"),
         ({"seeds": [1, 1]}, "two cells would be called 'embedded_lt-exp20-0-moco_v2-seed1'"),

@@ -80,7 +80,7 @@ def test_all_faults_at_once_each_with_its_remedy():
         ),
         ({"constraints": ["method.temperature > 1"]}, "the default: it breaks the constraint"),
         ({"start": [{"method.temperature": 0.5}]}, "method.temperature 0.5 lies outside"),
-        ({"start": [{"train.lr": 0.5}]}, "train.lr is not varied"),
+        ({"start": [{"train.lr": 0.5}]}, "'train.lr' is not varied"),
         ({"goals": ["student.knn20", "student.knn20.few"]}, "scheduler.name: none"),
         ({"goals": ["student.knn20", "student.knn20"], "scheduler": {"name": "none"}}, "twice"),
         ({"goals": ["student.linear"]}, "unknown goal 'student.linear'"),  # it takes too long
