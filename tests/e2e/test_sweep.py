@@ -148,6 +148,13 @@ def test_a_trial_on_workers_is_judged_and_stopped_too(ray_session, tiny_shards, 
         time.sleep(0.5)
 
 
+def test_a_goal_that_the_images_cannot_serve_is_said_at_the_start(ray_session, tiny_shards, tmp_path):
+    content = tiny_space(tiny_shards, goals=["student.knn121"])
+    with pytest.raises(UserError, match="goals: knn121: the bank has 120 images, fewer than k = 121"):
+        sweep(Space(**content), "no", str(tmp_path))
+    assert not (tmp_path / "no" / "journal.jsonl").exists(), "something was started"
+
+
 def test_more_than_there_is_is_said_at_the_start(ray_session, tiny_shards, tmp_path):
     for resources, workers, words in (
         (
