@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
 
 from isd_ray.definitions import file_or_name
-from isd_ray.errors import UserError, listed, nearest, printable, shorten, shown, without_secrets
+from isd_ray.errors import UserError, harmless, listed, nearest, shown
 from isd_ray.layers import Layer, flatten, merge, only, unfold
 from isd_ray.names import name_fault, place_fault, secret_fault
 from isd_ray.sections import (
@@ -137,7 +137,7 @@ def _where_it_fails(arguments: Sequence[str], program: str) -> str | None:
 
 def _reason(error: Exception) -> str:
     text = str(error).removeprefix("error parsing CLI: ")
-    return shorten(printable(without_secrets(text)), 300)
+    return harmless(text, 300)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

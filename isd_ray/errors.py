@@ -47,11 +47,12 @@ def shown(value: object, most: int = LONGEST) -> str:
         text = repr(value)
     except ValueError:  # whole numbers of thousands of digits
         return f"a {type(value).__name__} that is too large to show"
-    return shorten(printable(without_secrets(text)), most)
+    return harmless(text, most)
 
 
-def shorten(text: str, most: int = LONGEST) -> str:
-    """Return `text` with at most `most` characters."""
+def harmless(text: str, most: int = LONGEST) -> str:
+    """Return `text`, whoever wrote it, as a message may repeat it: short, one line, no secret."""
+    text = printable(" ".join(without_secrets(text).split()))
     return text if len(text) <= most else text[: most - 3] + "..."
 
 

@@ -3,6 +3,7 @@
 What a person gives is printed, saved with the results and sent to trackers: a URI holds no key.
 """
 
+import os
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -94,6 +95,8 @@ def _holds_password(uri: str) -> bool:
 def _scheme_fault(uri: str) -> str | None:
     scheme, mark, rest = uri.partition("://")
     if not mark:
+        if uri.startswith("~") and os.path.expanduser(uri) == uri:
+            return f"there is no home folder for {shown(uri.partition('/')[0])}"
         scheme, colon, _ = uri.partition(":")
         if not colon or scheme.lower() not in SCHEMES:
             return None

@@ -7,7 +7,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError, ValidationInfo
 from pydantic_core import ErrorDetails
 
-from isd_ray.errors import UserError, nearest, printable, shorten, shown, without_secrets
+from isd_ray.errors import UserError, harmless, nearest, shown
 from isd_ray.names import place_fault, text_fault, texts
 from isd_ray.yaml_files import parse_value
 
@@ -86,12 +86,12 @@ def _refuse_deep(value: Any, depth: int = 0) -> None:
 
 def path_of(error: ErrorDetails) -> str:
     """Return the dotted name of what is wrong."""
-    return shorten(printable(without_secrets(".".join(map(str, error["loc"])))))
+    return harmless(".".join(map(str, error["loc"])))
 
 
 def reason_of(error: ErrorDetails) -> str:
     """Return why it is wrong."""
-    return shorten(printable(without_secrets(error["msg"].removeprefix("Value error, "))), 600)
+    return harmless(error["msg"].removeprefix("Value error, "), 600)
 
 
 def faults_of(model: type[BaseModel], error: ValidationError) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import yaml
 
-from isd_ray.errors import UserError, printable, shorten, shown, without_secrets
+from isd_ray.errors import UserError, harmless, shown
 
 MOST_BYTES = 2**20
 DEEPEST = 20  # mappings and lists within each other
@@ -29,7 +29,7 @@ def read_mapping(path: str | Path, what: str) -> dict[str, Any]:
     """
     if not str(path).strip():
         raise UserError(f"{what}: an empty path; give the path of a YAML file (an unset variable?)")
-    place = f"{what} {shorten(printable(without_secrets(str(path))), 200)}"
+    place = f"{what} {harmless(str(path), 200)}"
     try:
         with open(path, "rb") as file:
             content = file.read(MOST_BYTES + 1)
@@ -64,13 +64,13 @@ def _parse(content: bytes | str, place: str) -> Any:
         return _construct(text)
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        reason = shorten(printable(error.problem or "it cannot be read"), 200)
+        reason = harmless(error.problem or "it cannot be read", 200)
         raise UserError(f"{place}: {line}{reason}") from None
     except yaml.reader.ReaderError as error:
         line = f"line {text.count(chr(10), 0, error.position) + 1}"
         raise UserError(f"{place}: {line}: an unprintable character; this is not YAML") from None
     except ValueError as error:  # numbers that YAML's grammar knows and Python does not, as 0x_
-        raise UserError(f"{place}: {shorten(printable(str(error)), 200)}") from None
+        raise UserError(f"{place}: {harmless(str(error), 200)}") from None
 
 
 def _construct(text: str) -> Any:

@@ -7,6 +7,7 @@ made once in a cache, so there is one data path.
 import hashlib
 import os
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -114,7 +115,13 @@ def load_definition(name: str) -> Definition:
     Raises:
         UserError: unknown name, or a mistake in the file.
     """
-    return _define(read_mapping(definitions.find("datasets", name), "definition"), name)
+    path = definitions.find("datasets", name)
+    return _read(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=64)  # a sweep or a study asks for each of its settings
+def _read(path: Path, changed: int) -> Definition:
+    return _define(read_mapping(path, "definition"), path.stem)
 
 
 def parse_definition(text: str, name: str) -> Definition:

@@ -7,7 +7,7 @@ from typing import Any
 
 from isd_ray.config import Config, flatten, merge, option_names, resolve
 from isd_ray.data.imbalance import SCHEMES
-from isd_ray.errors import LONGEST, UserError, nearest, printable, shorten, shown
+from isd_ray.errors import LONGEST, UserError, harmless, nearest, shown
 from isd_ray.evaluate.names import examples, name_faults
 from isd_ray.evaluate.names import parse as parse_name
 from isd_ray.names import name_fault
@@ -174,7 +174,7 @@ def _part_faults(place: str, names: Iterable[str]) -> Iterator[str]:
     """Say which of these cannot be parts of the names of folders, and of lines in a plot."""
     for name in names:
         if fault := name_fault(name):
-            yield f"{shorten(printable(place))}: {shown(name)}: {fault}"
+            yield f"{harmless(place)}: {shown(name)}: {fault}"
         elif not name[0].isalnum():
             yield f"{place}: {shown(name)}: a letter or digit begins it"
 
@@ -187,7 +187,7 @@ def _option_faults(study: Study, given: Mapping[str, Any]) -> Iterator[str]:
     places |= {f"methods.{name}": options for name, options in study.methods.items()}
     common = flatten(merge(given))
     for whole, options in places.items():
-        part, place = whole.split(".")[0], shorten(printable(whole))
+        part, place = whole.split(".")[0], harmless(whole)
         for name in _names_of(place, options):
             if name not in (*names, *RETIRED):
                 yield f"{place}: unknown option {shown(name)}.{nearest(name, names)}"
@@ -221,14 +221,14 @@ def _metric_faults(study: Study) -> Iterator[str]:
         try:
             parse_name(name)
         except UserError as error:
-            yield f"metrics: {shorten(printable(metric))}: {error}"
+            yield f"metrics: {harmless(metric)}: {error}"
         if study.metrics.count(metric) > 1:
             yield f"metrics: {shown(metric)} stands there twice"
 
 
 def _imbalance_faults(study: Study) -> Iterator[str]:
     for name, imbalance in study.imbalances.items():
-        place = f"imbalances.{shorten(printable(name))}"
+        place = f"imbalances.{harmless(name)}"
         if imbalance.scheme not in (*SCHEMES, "none"):
             hint = nearest(imbalance.scheme, SCHEMES)
             yield f"{place}: unknown scheme {shown(imbalance.scheme)}.{hint}"
@@ -250,7 +250,7 @@ def _configs(study: Study, given: dict[str, Any], faults: Faults) -> dict[Cell, 
             check_learnable(config)
             configs[cell] = config
         except UserError as error:
-            place = f"methods.{cell.method}"
+            place = f"methods.{harmless(cell.method)}"
             if not any(f"{place}: " in text for text in faults.lines()):  # else it is named already
                 faults.add(str(error), place)
     for config in configs.values():

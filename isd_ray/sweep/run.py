@@ -7,10 +7,8 @@ import yaml
 
 from isd_ray import session
 from isd_ray.config import flatten, merge, validate
-from isd_ray.data.index import class_counts
 from isd_ray.ending import GOES_ON
 from isd_ray.errors import MachineError, UserError
-from isd_ray.evaluate.names import size_faults
 from isd_ray.messages import say
 from isd_ray.room import local_cpus, room
 from isd_ray.sweep import report, results
@@ -22,7 +20,7 @@ from isd_ray.sweep.space import Space
 from isd_ray.train.claim import claimed
 from isd_ray.train.folder import RunFolder
 from isd_ray.train.trainer import FREE, FREE_SECTIONS, check_sizes, open_splits, run_uri
-from isd_ray.train.validation import watched_tables
+from isd_ray.train.validation import faults_along
 
 # Parts of a space that may change when a sweep is continued: they say how much is tried and where.
 FREE_PARTS = {"description", "confirm", "resources"}
@@ -61,8 +59,7 @@ def _searched(plan: Plan, folder: RunFolder, name: str) -> results.Outcome:
         config = resolved(plan, plan.default)
         splits = open_splits(config)
         check_sizes(config, splits.train)
-        counts = [class_counts(table).tolist() for table in watched_tables(config, splits).values()]
-        if faults := list(size_faults(plan.space.metrics, *counts)):
+        if faults := faults_along(plan.space.metrics, config, splits):
             raise UserError("goals: " + "; ".join(faults))
         if (text := plan.broken(plan.default, splits.train.num_rows)) is not None:
             raise UserError(

@@ -29,7 +29,7 @@ from pydantic import Field, ValidationError
 
 from isd_ray.config import Config, merge, resolve
 from isd_ray.definitions import file_or_name
-from isd_ray.errors import UserError, listed, nearest, printable, shorten, shown
+from isd_ray.errors import UserError, harmless, listed, nearest, shown
 from isd_ray.evaluate.names import ALONG
 from isd_ray.sections import EPOCHS, IMAGES, PROCESSES, SEED, THREADS, Section
 from isd_ray.values import LARGEST, faults_of
@@ -239,7 +239,7 @@ def read_space(path: str | Path) -> Space:
         return Space(**read_mapping(file_or_name("tune_spaces", str(path)), "space"))
     except ValidationError as error:
         faults = listed(faults_of(Space, error), MOST_FAULTS)
-        raise UserError(f"space {shorten(printable(str(path)), 200)}: {faults}") from None
+        raise UserError(f"space {harmless(str(path), 200)}: {faults}") from None
 
 
 def parse_dimension(name: str, text: Any) -> Dimension:

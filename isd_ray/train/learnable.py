@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from isd_ray.config import Config
 from isd_ray.data.views import get_views
-from isd_ray.errors import UserError, listed, printable, shorten
+from isd_ray.errors import UserError, harmless, listed
 from isd_ray.methods import build_method, find_method
 from isd_ray.models.backbones import build_backbone
 from isd_ray.models.frozen import Frozen
@@ -71,7 +71,7 @@ def _try_out(name: str, stem: str, size: int, sides: tuple[int, ...]) -> None:
         try:
             network(torch.zeros(1, 3, side, side))
         except (RuntimeError, ValueError, AssertionError) as error:
-            reason = shorten(printable(" ".join(str(error).split())), 200)
+            reason = harmless(str(error), 200)
             raise UserError(
                 f"of images of {size} pixels --method.views makes some of {side}, which it does "
                 f"not take ({reason}); choose other views, or another backbone"

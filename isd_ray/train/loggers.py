@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from isd_ray.config import Config, flatten
 from isd_ray.data.files import path_of
-from isd_ray.errors import UserError, printable, shorten
+from isd_ray.errors import UserError, harmless
 from isd_ray.train.folder import RunFolder, checkpoint_names
 
 Numbers = Mapping[str, Any]
@@ -132,8 +132,7 @@ def _note(text: str, out: TextIO) -> None:
 
 
 def _said(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return shorten(printable(text), 200)
+    return harmless(str(error) or type(error).__name__, 200)
 
 
 def _is_number(value: Any) -> bool:

@@ -6,6 +6,7 @@ The numbers go to validation.jsonl in the run folder, one row an evaluated epoch
 import io
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -35,17 +36,30 @@ def watched_tables(config: Config, splits: Splits) -> dict[str, pa.Table]:
 
     Raises UserError where there are none, or where they cannot serve what is to be measured.
     """
+    asked = [name for name in config.evaluate.along if name not in ALONG]
+    if faults := faults_along(asked, config, splits):
+        raise UserError("--evaluate.along: " + "; ".join(faults))
+    bank, held = _bank_and_held(config, splits)
+    return {"bank.parquet": bank, "validation.parquet": held}
+
+
+def faults_along(names: Sequence[str], config: Config, splits: Splits) -> list[str]:
+    """Return a fault for each of these protocols that cannot run on the images for the way.
+
+    Raises UserError where there are none.
+    """
+    counts = [class_counts(table).tolist() for table in _bank_and_held(config, splits)]
+    return list(size_faults(names, *counts))
+
+
+def _bank_and_held(config: Config, splits: Splits) -> tuple[pa.Table, pa.Table]:
     bank = choose_bank(config, splits)
     if not config.data.validation or splits.test is None or bank is None:
         raise UserError(
             f"--evaluate.every {config.evaluate.every}: it needs --data.validation N, images to evaluate on; the test "
             "set is looked at once, when the run is over"
         )
-    counts = [class_counts(table).tolist() for table in (bank, splits.test)]
-    asked = [name for name in config.evaluate.along if name not in ALONG]
-    if faults := list(size_faults(asked, *counts)):
-        raise UserError("--evaluate.along: " + "; ".join(faults))
-    return {"bank.parquet": bank, "validation.parquet": splits.test}
+    return bank, splits.test
 
 
 def how_watched(config: Config, splits: Splits) -> dict[str, Any]:
