@@ -11,21 +11,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def nmi(data: Labelled, name: Name) -> Answer:
-    """Normalised mutual information."""
-    return _agreement(data, "nmi")
-
-
-def ari(data: Labelled, name: Name) -> Answer:
-    """Adjusted Rand index."""
-    return _agreement(data, "ari")
-
-
-def _agreement(data: Labelled, measure: str) -> Answer:
+def run(data: Labelled, name: Name) -> Answer:
+    """The agreement that is called like the protocol."""
     from isd_ray.evaluate.clustering import agreement, describe
 
     found, number = data.once(clusters)
-    return Answer(describe(number, data.seed), value=agreement(found, data.test_labels)[measure])
+    value = agreement(found, data.test_labels)[name.protocol.form]
+    return Answer(describe(number, data.seed), value=value)
 
 
 def clusters(data: Labelled) -> tuple[Tensor, int]:
@@ -49,7 +41,7 @@ NMI = Protocol(
     examples=("nmi",),
     help="normalised mutual information of k-means clusters and labels, times 100",
     title="NMI",
-    run=nmi,
+    run=run,
     why_impossible=why_impossible,
     cheap=True,
     by_class=False,
@@ -61,7 +53,7 @@ ARI = Protocol(
     examples=("ari",),
     help="adjusted Rand index of the same clusters and the labels, times 100",
     title="ARI",
-    run=ari,
+    run=run,
     why_impossible=why_impossible,
     cheap=True,
     by_class=False,
