@@ -42,12 +42,10 @@ def with_metadata(table: pa.Table, root: str, classes: Sequence[str]) -> pa.Tabl
     return table.replace_schema_metadata({b"isd_ray": json.dumps(meta).encode()})
 
 
-def _metadata(table: pa.Table) -> dict[str, Any]:
+def _metadata(table: pa.Table, place: str = "this table") -> dict[str, Any]:
     meta = (table.schema.metadata or {}).get(b"isd_ray")
     if meta is None:
-        raise UserError(
-            "this table is not an isd_ray index: make one with `jobs/make_shards.py --index-only`"
-        )
+        raise UserError(f"{place} is not an isd_ray index: make one with `jobs/make_shards.py --index-only`")
     return json.loads(meta)
 
 
@@ -86,7 +84,7 @@ def read_index(uri: str) -> pa.Table:
     said = printable(path)
     try:
         table = _parse(_content(path))
-        meta = _metadata(table)
+        meta = _metadata(table, f"'{said}'")
         if meta["format"] != FORMAT:
             raise UserError(
                 f"'{said}' has index format {printable(str(meta['format']))[:40]}, this version reads {FORMAT}: "

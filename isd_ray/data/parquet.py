@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
@@ -87,10 +88,16 @@ class ParquetSource:
         batch.validate(full=True)
         labels = batch[label].to_pylist() if label else [None] * len(batch)
         keys = batch[key].to_pylist() if key else [row_name(first + i) for i in range(len(batch))]
-        for name, content, value in zip(keys, batch[image].to_pylist(), labels, strict=True):
-            content = content.get("bytes") if isinstance(content, dict) else content
+        for name, content, value in zip(keys, _bytes(batch[image]).to_pylist(), labels, strict=True):
             number = self.numbers[value] if self.numbers and value is not None else value
             yield Sample(str(name), content or b"", None if number is None or number < 0 else int(number))
+
+
+def _bytes(images: pa.Array) -> pa.Array:
+    """Return the encoded images alone: what else a struct holds may be of any type, and is not looked at."""
+    if pa.types.is_dictionary(images.type):
+        images = images.dictionary_decode()
+    return pc.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
 
 
 def parquet_source(uri: str, image: str = "image", label: str = "label", key: str = "key") -> ParquetSource:

@@ -20,9 +20,10 @@ from isd_ray.data import views as v
 from isd_ray.data.decode import MAX_BYTES, BrokenImage, Picture, Shrink, decode
 from isd_ray.data.headers import BLOCK, EXTENDED_BYTES, has_key, stated_size
 from isd_ray.data.packed import UnpackedFile, open_shard
-from isd_ray.data.plan import WINDOW_BYTES
+from isd_ray.data.plan import WINDOW_BYTES, shard_codes
 from isd_ray.data.store import StoredFile
 from isd_ray.data.views import View
+from isd_ray.errors import printable
 
 GAP = (
     64 * 1024
@@ -226,7 +227,7 @@ def read_bytes(filesystem: fs.FileSystem, folder: str, table: pa.Table) -> list[
     index is made of headers alone, so it holds no checksum of an image. Raises StoreError where a
     remote store does not answer.
     """
-    names, shard = np.unique(np.array(table.column("shard").to_pylist()), return_inverse=True)
+    names, shard = table.column("shard").unique().to_pylist(), shard_codes(table)
     offset, size = (table.column(name).to_numpy() for name in ("offset", "size"))
     key = np.array(table.column("key").to_pylist(), dtype=object)
     order = np.lexsort((offset, shard))
@@ -261,8 +262,8 @@ def _read_shard(
                     parts[i] = part
     except FileNotFoundError:
         return [BrokenImage("the shard is missing")] * len(offset)
-    except OSError as error:
-        return [BrokenImage(f"the shard cannot be read: {error}")] * len(offset)
+    except (OSError, pa.ArrowInvalid) as error:  # the latter: a name that no file can have
+        return [BrokenImage(f"the shard cannot be read: {printable(str(error))[:300]}")] * len(offset)
     return parts
 
 
