@@ -26,6 +26,7 @@ from isd_ray.train.trainer import check_same, prepare_run, run_prepared
 RESULT = "result.json"
 TIDY_SECONDS = 2.0
 HOW_FAST = (  # of evaluate: they change no number of a method
+    "along",
     "baselines",
     "batch_size",
     "every",
@@ -77,10 +78,9 @@ def check_cells(plan: Plan, folder: RunFolder) -> None:
             continue
         if run.exists(RESULT):
             now = config.evaluate.model_dump(exclude=set(HOW_FAST))
-            before = read_saved(run).get("evaluate", {})
-            changed = [
-                f"evaluate.{k} was {before.get(k)!r}, now {v!r}" for k, v in now.items() if before.get(k) != v
-            ]
+            saved = validate({"evaluate": read_saved(run).get("evaluate", {})})
+            before = saved.evaluate.model_dump()
+            changed = [f"evaluate.{k} was {before[k]!r}, now {v!r}" for k, v in now.items() if before[k] != v]
             if changed:
                 faults.add(
                     f"it was measured otherwise ({'; '.join(changed)}); remove its {RESULT} to measure anew",

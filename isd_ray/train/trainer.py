@@ -291,7 +291,7 @@ def evaluate(
     made must not choose where this process connects.
     """
     folder = RunFolder(run)
-    saved = read_saved(folder) | {"address": address}
+    saved = validate(read_saved(folder)).model_dump() | {"address": address}
     given = {f"evaluate.{k}": v for k, v in options.items()} | {f"data.{k}": v for k, v in places.items()}
     given["evaluate.enabled"] = True  # also of a run that was not evaluated when it ended
     config = validate(merge(saved, {k: v for k, v in given.items() if v is not None}))

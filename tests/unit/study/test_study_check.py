@@ -54,7 +54,7 @@ def fault(**change: Any) -> str:
         ({"metrics": ["studnt.knn20"]}, "'studnt.knn20' is not network.metric"),
         ({"metrics": ["student.knn1", "student.knn1"]}, "'student.knn1' stands there twice"),
         (
-            {"metrics": ["student.linear"], "config": {"evaluate.linear": False}},
+            {"metrics": ["student.linear"], "config": {"evaluate.protocols": ["knn20"]}},
             "is none of evaluate.protocols",
         ),
         ({"methods": {"moco_v2": {}, "smclr": {}}}, "Did you mean 'simclr'?"),

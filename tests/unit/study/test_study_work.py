@@ -4,6 +4,7 @@ from collections import Counter, deque
 from typing import Any
 
 import pytest
+import yaml
 from made_up import made_up, write_cell
 
 from isd_ray.errors import UserError
@@ -119,3 +120,23 @@ def test_other_options_than_a_cell_was_started_with_are_refused(tmp_path):
     assert all("train.epochs was 4, now 5" in line for line in lines)
     with pytest.raises(UserError, match=r"evaluate\.protocols was .*remove its result\.json to measure anew"):
         check_cells(small(metrics=["student.fewshot5"]), folder)
+
+
+def test_cells_that_an_older_version_measured_stay_measured(tmp_path):
+    """Their options say `linear: false` beside the protocols, and nothing of what did not exist then."""
+    plan, folder = (
+        small(metrics=["student.knn20"], config={"evaluate.linear": False}),
+        RunFolder(str(tmp_path)),
+    )
+    cell = plan.cells[0]
+    write_cell(plan, folder, cell)
+    run = cell_folder(folder, cell)
+    saved = yaml.safe_load(run.read("config.yaml"))
+    del saved["evaluate"]["along"]
+    saved["evaluate"] |= {"linear": False, "protocols": [*saved["evaluate"]["protocols"], "linear"]}
+    run.write("config.yaml", yaml.safe_dump(saved).encode())
+    check_cells(plan, folder)
+    saved["evaluate"]["linear"] = True
+    run.write("config.yaml", yaml.safe_dump(saved).encode())
+    with pytest.raises(UserError, match=r"evaluate\.protocols was .*'linear'.*, now"):
+        check_cells(plan, folder)
