@@ -99,7 +99,8 @@ def export_backbone(
     CIFAR stem needs the same stem on the other side. The file appears whole or not at all.
     """
     state = {key: value.detach().cpu().contiguous() for key, value in backbone.state_dict().items()}
-    metadata = {key: str(getattr(backbone, key)) for key in ("arch", "stem", "dim", "image_size")}
+    metadata = {key: str(getattr(backbone, key)) for key in ("arch", "dim", "image_size")}
+    metadata |= {"stem": str(backbone.stem_name)}
     metadata |= {"mean": json.dumps(list(mean)), "std": json.dumps(list(std))}
     unfinished = Path(f"{os.fspath(path)}.part")
     unfinished.write_bytes(_with_sorted_metadata(save(state, metadata)))

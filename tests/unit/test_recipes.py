@@ -20,7 +20,7 @@ DATASETS = sorted(path.stem for path in (ROOT / "datasets").glob("*.yaml"))
 
 
 class Backbone(nn.Module):
-    arch, stem = "none", "none"
+    arch, stem_name = "none", "none"
 
     def __init__(self, dim: int = 8) -> None:
         super().__init__()

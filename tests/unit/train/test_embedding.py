@@ -37,7 +37,7 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         self.layer, self.norm = nn.Linear(3 * 8 * 8, dim), nn.BatchNorm1d(dim)
-        self.arch, self.stem, self.dim = "net", "own", dim
+        self.arch, self.stem_name, self.dim = "net", "own", dim
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(self.layer(x.flatten(1)))
