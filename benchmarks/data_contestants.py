@@ -89,7 +89,7 @@ def decode_only(case: Case) -> Epoch:
         part = read_bytes(blocks.filesystem, blocks.folder, table.take(rows[start : start + EACH]))
         return len([decode(data).width for data in part if isinstance(data, bytes)])
 
-    columns, shared = ray.put(blocks.table.select(["shard", "offset", "size"])), ray.put(rows)
+    columns, shared = ray.put(blocks.table.select(["shard", "key", "offset", "size"])), ray.put(rows)
 
     def epoch(_: int) -> Iterator[Any]:
         waiting = [count.remote(start, columns, shared) for start in range(0, len(rows), EACH)]

@@ -4,7 +4,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-__version__ = "0.1.0"
+from isd_ray.version import __version__
+
+__all__ = ["__version__", "pretrain"]
 
 RAY_SETTINGS = {  # Ray reads them when it is imported, hence here; what the user has set stays
     "RAY_USAGE_STATS_ENABLED": "0",

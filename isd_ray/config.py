@@ -6,25 +6,33 @@ name, and then every wrong value, is reported at once.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
-from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
+from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
 
-from isd_ray.errors import UserError, nearest
-from isd_ray.layers import Layer, flatten, merge, only
+from isd_ray.definitions import file_or_name
+from isd_ray.errors import UserError, harmless, listed, nearest, shown
+from isd_ray.layers import Layer, flatten, merge, only, unfold
+from isd_ray.names import name_fault, place_fault, secret_fault
 from isd_ray.sections import DataConfig, EvaluateConfig, MethodConfig, ModelConfig, QueueConfig, TrainConfig
+from isd_ray.values import path_of, plain, reason_of, refuse
+from isd_ray.yaml_files import read_mapping
 
 # Options that a method has only if its published defaults name them; the method's own name is none of them.
 OF_METHODS = ("method.", "queue.exclude_own")
+MOST_ARGUMENT = 2**16  # characters of one argument of a command line
 
 
 class Config(BaseSettings):
     """Everything a run needs; saved as config.yaml beside the results, and read back by --config."""
 
-    model_config = SettingsConfigDict(extra="forbid", cli_avoid_json=True, cli_hide_none_type=True)
+    model_config = SettingsConfigDict(
+        extra="forbid", allow_inf_nan=False, cli_avoid_json=True, cli_hide_none_type=True
+    )
 
     name: str | None = Field(
         None, description="Name of the run (default: method, data set and a hash of the options)"
@@ -40,6 +48,24 @@ class Config(BaseSettings):
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
+    _plain = field_validator("*", mode="before")(classmethod(plain))
+
+    @field_validator("name", mode="after")
+    @classmethod
+    def _is_name(cls, name: str | None) -> str | None:
+        return refuse(name, name_fault)
+
+    @field_validator("output", mode="after")
+    @classmethod
+    def _is_place(cls, output: str) -> str | None:
+        return refuse(output, place_fault)
+
+    @field_validator("address", mode="after")
+    @classmethod
+    def _is_address(cls, address: str | None) -> str | None:
+        """An address is host:port or ray://host:port."""
+        return refuse(address, secret_fault)
+
     @classmethod
     def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, **_: Any) -> tuple[Any, ...]:  # type: ignore[override]
         """Take values from the caller alone: stray environment variables must not change a run."""
@@ -54,7 +80,9 @@ class _CommandLine(Config):
     same command is given again.
     """
 
-    config: str | None = Field(None, description="YAML file to start from; the command line wins over it")
+    config: str | None = Field(
+        None, description="YAML file to start from, or the name of a recipe; the command line wins over it"
+    )
 
 
 def parse(arguments: Sequence[str], program: str = "pretrain") -> Config:
@@ -64,33 +92,49 @@ def parse(arguments: Sequence[str], program: str = "pretrain") -> Config:
     """
     given = read_options(arguments, program)
     path = given.pop("config", None)
-    return resolve(read_yaml(path) if path else {}, given)
+    return resolve({} if path is None else read_yaml(path), given)
 
 
 def read_options(arguments: Sequence[str], program: str) -> dict[str, Any]:
     """Read the command line alone: what it says, with no defaults. Raises UserError as `parse` does."""
     _refuse_unknown_flags(arguments)
     try:
-        source = CliSettingsSource[Any](
-            _CommandLine, cli_parse_args=list(arguments), cli_prog_name=program, cli_exit_on_error=False
-        )
-        return dict(source())
-    except SettingsError as error:
-        reason = str(error).removeprefix("error parsing CLI: ")
+        return _read_arguments(arguments, program)
+    except (ValueError, RecursionError) as error:  # SettingsError is a ValueError
+        reason = _where_it_fails(arguments, program) or _reason(error)
         raise UserError(f"command line: {reason}; --help lists the options") from None
 
 
+def _read_arguments(arguments: Sequence[str], program: str) -> dict[str, Any]:
+    source = CliSettingsSource[Any](
+        _CommandLine, cli_parse_args=list(arguments), cli_prog_name=program, cli_exit_on_error=False
+    )
+    return dict(source())
+
+
+def _where_it_fails(arguments: Sequence[str], program: str) -> str | None:
+    """Name the first option whose value cannot be read; pydantic names a group at best."""
+    starts = [i for i, argument in enumerate(arguments) if argument.startswith("--")]
+    for start, end in pairwise([*starts, len(arguments)]):
+        flag, *values = [*arguments[start].split("=", 1), *arguments[start + 1 : end]]
+        if len(values) != 1:
+            continue  # argparse says by name what is missing or too much
+        try:
+            _read_arguments([flag, values[0]], program)
+        except (ValueError, RecursionError):
+            remedy = "it cannot be read; a list is [1, 2], a mapping is name=value"
+            return f"{flag} {shown(values[0])}: {remedy}"
+    return None
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).removeprefix("error parsing CLI: ")
+    return harmless(text, 300)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file of options, nested or with dotted names."""
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"config file {path}: {error.strerror}; give the path of a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path}: not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(content, dict | None):
-        raise UserError(f"config file {path}: expected 'name: value' lines, found {type(content).__name__}")
-    return content or {}
+    """Read a YAML file of options, nested or with dotted names; a name alone is that of a recipe."""
+    return read_mapping(file_or_name("recipes", str(path)), "config file")
 
 
 def resolve(*layers: Layer) -> Config:
@@ -98,8 +142,9 @@ def resolve(*layers: Layer) -> Config:
     from isd_ray.data.catalog import load_definition
     from isd_ray.methods import find_method
 
+    for layer in layers:
+        _refuse_unknown_keys(layer)
     given = merge(*layers)
-    _refuse_unknown_keys(given)
     definition = load_definition(validate(only(given, "data.dataset")).data.dataset)
     name = validate(only(merge(definition.defaults, given), "method.name")).method.name
     method = find_method(name).defaults
@@ -116,8 +161,12 @@ def validate(values: Layer) -> Config:
     try:
         return Config(**values)
     except ValidationError as error:
-        lines = [f"--{'.'.join(map(str, e['loc']))} {e['input']!r}: {e['msg']}" for e in error.errors()]
-        raise UserError("; ".join(lines)) from None
+        faults = [f"--{path_of(e)}{_given(e['input'])}: {reason_of(e)}" for e in error.errors()]
+        raise UserError(listed(faults)) from None
+
+
+def _given(value: Any) -> str:
+    return "" if isinstance(value, dict) else f" {shown(value)}"
 
 
 def option_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
@@ -139,11 +188,15 @@ def to_yaml(config: Config) -> str:
 
 def _refuse_unknown_keys(given: Layer) -> None:
     names = option_names()
-    wrong = [
-        f"unknown option '{name}'.{nearest(name, names)}" for name in flatten(given) if name not in names
-    ]
+    wrong = [_unknown(name, names) for name in flatten(unfold(given)) if name not in names]
     if wrong:
-        raise UserError("; ".join(wrong) + " --help lists the options")
+        raise UserError(listed(wrong) + " --help lists the options")
+
+
+def _unknown(name: str, names: Sequence[str]) -> str:
+    if any(known.startswith(f"{name}.") for known in names):
+        return f"'{name}' is a group of options; give some of them, as {name}.NAME."
+    return f"unknown option {shown(name)}.{nearest(name, names)}"
 
 
 def _of_methods(option: str) -> bool:
@@ -160,12 +213,18 @@ def _refuse_options_of_others(name: str, given: Layer) -> None:
             owners = ", ".join(other for other, method in METHODS.items() if option in method.defaults)
             wrong.append(f"--{option}: method '{name}' has no such option; these have it: {owners}")
     if wrong:
-        raise UserError("; ".join(wrong))
+        raise UserError(listed(wrong))
 
 
 def _refuse_unknown_flags(arguments: Sequence[str]) -> None:
     names = [*option_names(_CommandLine), "help"]
     flags = [a[2:].split("=")[0] for a in arguments if a.startswith("--") and len(a) > 2]
-    wrong = [f"unknown option '--{flag}'.{nearest(flag, names)}" for flag in flags if flag not in names]
+    unknown = [flag for flag in flags if flag not in names]
+    wrong = [f"unknown option {shown(f'--{flag}')}.{nearest(flag, names)}" for flag in unknown]
     if wrong:
-        raise UserError("; ".join(wrong) + " --help lists the options")
+        raise UserError(listed(wrong) + " --help lists the options")
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if len(argument) > MOST_ARGUMENT:
+            name = before if before.startswith("--") else shown(argument.partition("=")[0])
+            length = f"{len(argument):,} characters, at most {MOST_ARGUMENT:,} are taken"
+            raise UserError(f"command line: {name}: {length}")

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -50,7 +51,7 @@ def run_job(main: Callable[[list[str]], int], arguments: Sequence[str]) -> int:
     """Run the main function of a job and return its exit code; any failure is said on standard error."""
     global _in_job
     _in_job = True
-    hear_sigterm()
+    hear_signals()
     try:
         code = main(list(arguments))
         sys.stdout.flush()
@@ -74,18 +75,27 @@ def _said(error: BaseException) -> int:
 
 
 _in_job = False  # in a library's or a test's process signals are not ours
+ONE_MOMENT = 1.0  # seconds in which a second Ctrl-C is an echo of the first, from a group of processes
 
 
-def hear_sigterm() -> None:
-    """Have SIGTERM end a job as Ctrl-C does, tidily. Ray takes the signal for itself when it starts: call it after."""
+def hear_signals() -> None:
+    """Have SIGTERM end a job as Ctrl-C does, tidily. Ray takes SIGTERM for itself when it starts: call it after."""
     if not _in_job or threading.current_thread() is not threading.main_thread():
         return
+    last = -ONE_MOMENT
 
     def terminate(*_: object) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: the end has begun
         raise Terminated
 
+    def interrupt(*_: object) -> None:
+        nonlocal last
+        before, last = last, time.monotonic()
+        if last - before >= ONE_MOMENT:
+            raise KeyboardInterrupt
+
     signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGINT, interrupt)
 
 
 def explain(error: BaseException) -> tuple[str, int]:

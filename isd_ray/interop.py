@@ -100,8 +100,11 @@ def export_backbone(
     """
     state = {key: value.detach().cpu().contiguous() for key, value in backbone.state_dict().items()}
     metadata = {key: str(getattr(backbone, key)) for key in ("arch", "dim", "image_size")}
-    metadata |= {"stem": str(backbone.stem_name)}
-    metadata |= {"mean": json.dumps(list(mean)), "std": json.dumps(list(std))}
+    metadata |= {
+        "stem": str(backbone.stem_kind),
+        "mean": json.dumps(list(mean)),
+        "std": json.dumps(list(std)),
+    }
     unfinished = Path(f"{os.fspath(path)}.part")
     unfinished.write_bytes(_with_sorted_metadata(save(state, metadata)))
     unfinished.replace(path)

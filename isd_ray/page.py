@@ -1,12 +1,13 @@
 """Pages that jobs leave behind: one file of HTML that holds its pictures and needs no network."""
 
 import base64
-import html
 import io
 from collections.abc import Iterable
 
 from matplotlib.figure import Figure
 from PIL import Image
+
+from isd_ray.markup import in_html
 
 DPI = 110
 STYLE = """
@@ -28,7 +29,7 @@ def page(title: str, body: Iterable[str], style: str = "") -> bytes:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<link rel="icon" href="data:,">'  # else a browser asks the server for one
-        f"<title>{html.escape(title)}</title><style>{STYLE}{style}</style></head>"
+        f"<title>{in_html(title)}</title><style>{STYLE}{style}</style></head>"
     )
     return f"{head}\n<body>\n{chr(10).join(body)}\n</body></html>\n".encode()
 
@@ -44,8 +45,8 @@ def png(figure: Figure) -> bytes:
 
 def picture(title: str, image: bytes, caption: str, level: int = 2) -> str:
     """Return heading, PNG and caption as HTML; on a narrow screen the picture scrolls instead of shrinking."""
-    data, name = base64.b64encode(image).decode(), html.escape(title, quote=True)
+    data, name = base64.b64encode(image).decode(), in_html(title)
     return (
         f'<h{level}>{name}</h{level}><figure><div class="scroll"><img alt="{name}" src="data:image/png;base64,{data}">'
-        f"</div><figcaption>{html.escape(caption)}</figcaption></figure>"
+        f"</div><figcaption>{in_html(caption)}</figcaption></figure>"
     )

@@ -1,42 +1,25 @@
 """The groups of options that every run has: names, ranges, defaults and what they mean."""
 
-from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from isd_ray.errors import nearest
 from isd_ray.evaluate.names import DEFAULT, name_faults
+from isd_ray.names import place_fault
+from isd_ray.values import plain, read_option, refuse, refuse_odd
+
+# Bounds beyond which no machine goes; scikit-learn takes seeds of 32 bits, torch and NumPy more.
+SEED, IMAGES, STEPS, EPOCHS, PROCESSES, THREADS = 2**32 - 1, 10**9, 10**12, 10**6, 10**4, 1024
 
 
 class Section(BaseModel):
     """A group of options; unknown names are refused."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
-
-def faults_of(model: type[BaseModel], error: ValidationError) -> list[str]:
-    """Return one line for each thing that is wrong, an unknown name with the nearest one that there is."""
-    faults = []
-    for e in error.errors():
-        name = ".".join(map(str, e["loc"]))
-        if e["type"] == "extra_forbidden":
-            known = _model_at(model, e["loc"][:-1]).model_fields
-            faults.append(f"unknown entry '{name}'.{nearest(str(e['loc'][-1]), known)}")
-        else:
-            faults.append(f"{name}: {e['msg']}")
-    return faults
-
-
-def _model_at(model: type[BaseModel], path: Sequence[str | int]) -> type[BaseModel]:
-    """Follow the path through sections and through mappings or lists of them."""
-    kind: Any = model
-    for part in path:
-        isa = isinstance(kind, type) and issubclass(kind, BaseModel)
-        kind = kind.model_fields[part].annotation if isa else get_args(kind)[-1]
-    return kind
+    _plain = field_validator("*", mode="before")(classmethod(plain))
 
 
 class DataConfig(Section):
@@ -54,7 +37,7 @@ class DataConfig(Section):
         None, description="Imbalance: none, exponential, step, pareto, ... (default: the data set's)"
     )
     ratio: float | None = Field(None, gt=0, description="Imbalance ratio, largest class over smallest")
-    subset_seed: int = Field(0, ge=0, description="Seed of the imbalanced selection")
+    subset_seed: int = Field(0, ge=0, le=SEED, description="Seed of the imbalanced selection")
     class_order: Literal["label", "random"] | None = Field(
         None, description="Which classes are large: label order or drawn"
     )
@@ -65,6 +48,7 @@ class DataConfig(Section):
     validation: int | None = Field(
         None,
         ge=1,
+        le=IMAGES,
         description="Labelled training images of a class (at most half of them) that are kept out of pretraining and "
         "bank; the run is then evaluated on them, and the test set stays unseen",
     )
@@ -73,24 +57,44 @@ class DataConfig(Section):
     std: list[float] = Field([0.229, 0.224, 0.225], description="Deviation of the channels")
     cache: Literal["auto", "memory", "object_store", "device", "none"] = Field(
         "auto",
-        description="Decoded images of one size are kept by every worker, once a node in Ray's object store, or on the "
-        "training device; none streams the shards every epoch; auto: memory up to 2 GiB, else none",
+        description="Decoded images of one size, not much larger than a view, are kept by every worker, once a node in "
+        "Ray's object store, or on the training device; none streams the shards every epoch; "
+        "auto: memory up to 2 GiB, else none",
     )
     augment_on: Literal["auto", "device", "tasks"] = Field(
         "auto",
         description="Where views get their colours: on the training device in batches, or in the reading tasks, on "
-        "every CPU of the cluster; auto: in tasks where they are cropped there anyway (images of several sizes) and "
-        "training is on a CPU",
+        "every CPU of the cluster; auto: in tasks where they are cropped there anyway (images of several sizes, "
+        "or large ones) and training is on a CPU",
     )
     max_bad: float = Field(
         0.01, ge=0, le=1, description="Largest share of broken images before the run stops"
     )
 
+    @field_validator("root", "shards", mode="after")
+    @classmethod
+    def _are_places(cls, place: str | None) -> str | None:
+        return refuse(place, place_fault)
+
+    @field_validator("mean", mode="after")
+    @classmethod
+    def _is_mean(cls, mean: list[float]) -> list[float]:
+        if len(mean) != 3 or not all(0 <= x <= 1 for x in mean):
+            raise ValueError("give three numbers, one a channel, on a scale of 0 to 1")
+        return mean
+
+    @field_validator("std", mode="after")
+    @classmethod
+    def _is_deviation(cls, std: list[float]) -> list[float]:
+        if len(std) != 3 or not all(1e-3 < x <= 1 for x in std):
+            raise ValueError("give three numbers, one a channel, on a scale of 0 to 1, above 0.001")
+        return std
+
     @field_validator("scheme_options", mode="after")
     @classmethod
     def _read_values(cls, options: dict[str, Any]) -> dict[str, Any]:
         """Read `n_max=500` from the command line as a number."""
-        return {name: yaml.safe_load(v) if isinstance(v, str) else v for name, v in options.items()}
+        return refuse_odd({name: read_option(name, value) for name, value in options.items()})
 
 
 class ModelConfig(Section):
@@ -136,33 +140,45 @@ class MethodConfig(Section):
     weight_variance: float | None = Field(None, ge=0, description="Factor of the variance term (vicreg)")
     weight_covariance: float | None = Field(None, ge=0, description="Factor of the covariance term (vicreg)")
     prototypes: int | None = Field(
-        None, ge=2, description="Prototypes, stand-ins for clusters (deepcluster_v2, swav, dino)"
+        None,
+        ge=2,
+        le=10**6,
+        description="Prototypes, stand-ins for clusters (deepcluster_v2, swav, dino)",
     )
     negatives: int | None = Field(
-        None, ge=0, description="Images of the bank to contrast with; 0 for all (npid, pirl, invprop)"
+        None,
+        ge=0,
+        le=IMAGES,
+        description="Images of the bank to contrast with; 0 for all (npid, pirl, invprop)",
     )
     positives: int | None = Field(
-        None, ge=1, description="Images reached over links that are pulled to (invprop)"
+        None, ge=1, le=IMAGES, description="Images reached over links that are pulled to (invprop)"
     )
     bank_momentum: float | None = Field(
         None, ge=0, le=1, description="Share of the old row in the bank's new one (npid, pirl, invprop)"
     )
     weight_start: int | None = Field(
-        None, ge=0, description="Step from which the term of --method.weight counts (invprop)"
+        None,
+        ge=0,
+        le=STEPS,
+        description="Step from which the term of --method.weight counts (invprop)",
     )
     freeze: int | None = Field(
-        None, ge=0, description="First steps with prototypes as they were (swav, dino)"
+        None, ge=0, le=STEPS, description="First steps with prototypes as they were (swav, dino)"
     )
     epsilon: float | None = Field(None, gt=0, description="Sharpness of the codes, small is sharp (swav)")
     queue_start: int | None = Field(
-        None, ge=0, description="Step from which the queue takes part in the codes (swav)"
+        None, ge=0, le=STEPS, description="Step from which the queue takes part in the codes (swav)"
     )
     centre: float | None = Field(None, ge=0, le=1, description="Momentum of the teacher's centre (dino)")
     class_prior: float | None = Field(
         None, ge=0, lt=1, description="Chance that two images are of one class (debiased)"
     )
     neighbours: int | None = Field(
-        None, ge=1, description="Nearest anchors, own key included (msf); most false negatives (fnc)"
+        None,
+        ge=1,
+        le=IMAGES,
+        description="Nearest anchors, own key included (msf); most false negatives (fnc)",
     )
     threshold: float | None = Field(None, description="Cosine above which a negative may be false (fnc)")
     false_negatives: Literal["eliminate", "attract"] | None = Field(None, description="Their fate (fnc)")
@@ -176,7 +192,9 @@ class MethodConfig(Section):
         None, description="cosine: momentum grows to 1 over the run"
     )
     views: list[str] = Field(
-        ["strong", "strong"], description="View recipe of the student and of the teacher"
+        ["strong", "strong"],
+        max_length=100,
+        description="View recipe of the student and of the teacher",
     )
     teacher: str | None = Field(
         None,
@@ -194,6 +212,7 @@ class MethodConfig(Section):
     @classmethod
     def _make_absolute(cls, teacher: str | None) -> str | None:
         """Workers and later jobs run in other folders."""
+        refuse(teacher, place_fault)
         local = teacher is not None and "://" not in teacher
         return str(Path(teacher).expanduser().absolute()) if local else teacher  # type: ignore[arg-type]
 
@@ -201,7 +220,7 @@ class MethodConfig(Section):
 class QueueConfig(Section):
     """The queue of anchors. Methods without one ignore it."""
 
-    size: int = Field(4096, ge=1, description="Anchors in the queue, over all workers")
+    size: int = Field(4096, ge=1, le=IMAGES, description="Anchors in the queue, over all workers")
     layout: Literal["replicated", "sharded"] = Field(
         "replicated", description="Every worker holds all anchors, or its share of them"
     )
@@ -217,10 +236,15 @@ class QueueConfig(Section):
 class TrainConfig(Section):
     """Optimisation and workers."""
 
-    epochs: int = Field(200, ge=1, description="Passes over the training set")
-    batch_size: int = Field(256, ge=2, description="Global batch: images a step over all workers")
+    epochs: int = Field(200, ge=1, le=EPOCHS, description="Passes over the training set")
+    batch_size: int = Field(
+        256,
+        ge=2,
+        le=2**24,
+        description="Global batch: images a step over all workers",
+    )
     accumulate: int = Field(
-        1, ge=1, description="Split a worker's batch into this many forward passes a step"
+        1, ge=1, le=2**24, description="Split a worker's batch into this many forward passes a step"
     )
     optimizer: Literal["sgd", "lars", "adamw"] = Field("sgd", description="Optimiser")
     lr: float = Field(0.05, gt=0, description="Peak learning rate at this global batch (it is not rescaled)")
@@ -236,13 +260,30 @@ class TrainConfig(Section):
         [0.7, 0.9], description="Step schedule: drops at these fractions of the run"
     )
     gamma: float = Field(0.2, gt=0, le=1, description="Step schedule: factor of each drop")
-    warmup_epochs: float = Field(0.0, ge=0, description="Epochs of linear warm-up from zero")
-    workers: int = Field(1, ge=0, description="Ray Train workers; 0 trains inside this process")
-    threads: int = Field(0, ge=0, description="Torch threads a CPU worker; 0: its share of all cores but one")
+    warmup_epochs: float = Field(
+        0.0,
+        ge=0,
+        le=EPOCHS,
+        description="Epochs of linear warm-up from zero",
+    )
+    workers: int = Field(
+        1,
+        ge=0,
+        le=PROCESSES,
+        description="Ray Train workers; 0 trains inside this process",
+    )
+    threads: int = Field(
+        0,
+        ge=0,
+        le=THREADS,
+        description="Torch threads a CPU worker; 0: its share of all cores but one",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: CUDA where the cluster has GPUs"
     )
-    gpus_per_worker: float = Field(1.0, gt=0, description="GPUs a worker takes when it runs on CUDA")
+    gpus_per_worker: float = Field(
+        1.0, gt=0, le=THREADS, description="GPUs a worker takes when it runs on CUDA"
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="auto: bfloat16 autocast on CUDA. Also worth a try on CPUs that have AMX",
@@ -252,25 +293,38 @@ class TrainConfig(Section):
         "local",
         description="Batch norm of each worker, one over all of them, or keys shuffled between them; by method",
     )
-    seed: int = Field(0, ge=0, description="Seed of weights, order and views")
+    seed: int = Field(0, ge=0, le=SEED, description="Seed of weights, order and views")
     deterministic: bool = Field(
         True, description="Deterministic algorithms: a repeated run is bit-equal on CPU"
     )
-    log_every: int = Field(10, ge=1, description="Steps between two lines of metrics")
+    log_every: int = Field(10, ge=1, le=STEPS, description="Steps between two lines of metrics")
     loggers: list[Literal["wandb", "mlflow"]] = Field(
-        [], description="Send metrics there too (extra: loggers)"
+        [], description="Send metrics there too; pip install wandb or mlflow"
     )
     checkpoint_seconds: float = Field(
         60.0, ge=0, description="At least this many seconds between checkpoints"
     )
-    keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept")
+    keep_checkpoints: int = Field(2, ge=1, le=STEPS, description="Checkpoints kept")
     start_seconds: float = Field(
         1800.0, ge=60, le=1e6, description="Seconds to wait until the cluster has room for the workers"
     )
     autoscale: bool = Field(
         False, description="The cluster may bring more nodes than are up now: ask for them and wait"
     )
-    max_failures: int = Field(0, ge=-1, description="Restarts after a worker died; -1 for no limit")
+    max_failures: int = Field(
+        0,
+        ge=-1,
+        le=10**6,
+        description="Restarts after a worker died; -1 for no limit",
+    )
+
+    @field_validator("milestones", mode="after")
+    @classmethod
+    def _are_milestones(cls, milestones: list[float]) -> list[float]:
+        within = all(0 < m < 1 for m in milestones)
+        if not within or any(a >= b for a, b in pairwise(milestones)):
+            raise ValueError("give fractions of the run, between 0 and 1, in increasing order")
+        return milestones
 
 
 class EvaluateConfig(Section):
@@ -278,7 +332,10 @@ class EvaluateConfig(Section):
 
     enabled: bool = Field(True, description="Evaluate at the end of the run")
     every: int = Field(
-        0, ge=0, description="Epochs between kNN evaluations on the way, on --data.validation; 0: none"
+        0,
+        ge=0,
+        le=EPOCHS,
+        description="Epochs between kNN evaluations on the way, on --data.validation; 0: none",
     )
     protocols: list[str] = Field(
         list(DEFAULT),
@@ -293,14 +350,20 @@ class EvaluateConfig(Section):
         "auto", description="Labelled bank of kNN: the balanced set, or the pretraining subset"
     )
     baselines: bool = Field(True, description="Also evaluate the untrained backbone and raw pixels")
-    batch_size: int = Field(256, ge=1, description="Images a forward pass")
+    batch_size: int = Field(256, ge=1, le=2**24, description="Images a forward pass")
     workers: int = Field(
         0,
         ge=0,
+        le=PROCESSES,
         description="Actors that compute features, and tasks that search the bank; 0: on CUDA as many as trained, on "
         "CPU this process",
     )
     keep_features: bool = Field(True, description="Keep the features as Parquet in the run folder")
+
+    @field_validator("transfer_root", mode="after")
+    @classmethod
+    def _is_place(cls, place: str | None) -> str | None:
+        return refuse(place, place_fault)
 
     @field_validator("protocols", mode="after")
     @classmethod

@@ -8,7 +8,7 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayError
 
-from isd_ray.ending import first_line, hear_sigterm
+from isd_ray.ending import first_line, hear_signals
 from isd_ray.errors import MachineError, UserError, printable
 
 PACKAGE = Path(__file__).parent
@@ -39,7 +39,7 @@ def start_ray(address: str | None = None, workers: int = 0) -> None:
         _join(address)
     else:
         _start(workers)
-    hear_sigterm()
+    hear_signals()
 
 
 def _start(workers: int) -> None:

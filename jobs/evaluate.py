@@ -11,8 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job's copy of the project is not installed
 
-from isd_ray.ending import run_job
+
 from isd_ray.messages import Arguments
+from isd_ray.supervisor import run
 
 
 def parser() -> Arguments:
@@ -52,4 +53,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(main, sys.argv[1:]))
+    sys.exit(run(main, sys.argv[1:]))

@@ -18,9 +18,10 @@ from isd_ray.data import files, index
 from isd_ray.data.packed import SLOW
 from isd_ray.data.shards import index_only, make_shards
 from isd_ray.data.verify import verify_shards
-from isd_ray.ending import DONE, FOUND, run_job
+from isd_ray.ending import DONE, FOUND
 from isd_ray.errors import UserError
 from isd_ray.messages import Arguments, say
+from isd_ray.supervisor import run
 
 SHOWN = 50  # findings that are printed
 PARSER = Arguments(__doc__)
@@ -93,4 +94,4 @@ def verify(folder: str, workers: int | None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(main, sys.argv[1:]))
+    sys.exit(run(main, sys.argv[1:]))

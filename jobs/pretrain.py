@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job's copy of the project is not installed
 
 from isd_ray.config import parse
-from isd_ray.ending import run_job
+from isd_ray.supervisor import run
 
 
 def main(arguments: list[str]) -> int:
@@ -23,4 +23,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(main, sys.argv[1:]))
+    sys.exit(run(main, sys.argv[1:]))

@@ -13,9 +13,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job's copy of the project is not installed
 
 from isd_ray.config import read_options
-from isd_ray.ending import DONE, run_job
+from isd_ray.ending import DONE
 from isd_ray.errors import UserError
 from isd_ray.messages import Arguments
+from isd_ray.supervisor import run
 
 
 def parser() -> Arguments:
@@ -48,4 +49,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(main, sys.argv[1:]))
+    sys.exit(run(main, sys.argv[1:]))

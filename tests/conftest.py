@@ -2,9 +2,12 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
+from tiny_run import gratings, options_of_tiny_run
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
@@ -13,6 +16,19 @@ os.environ.setdefault(
     "RAY_worker_niceness", "0"
 )  # Ray's 15 lets tests starve beside other work on the machine
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--long` (make faults, make fuzz) runs what takes longer than the suite should."""
+    parser.addoption("--long", action="store_true", help="also tests marked long")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    skip = pytest.mark.skip(reason="a long form: give --long")
+    for item in items if not config.getoption("--long") else []:
+        if "long" in item.keywords:
+            item.add_marker(skip)
+
 
 REAL_DATA = Path(os.environ.get("ISD_RAY_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -35,3 +51,23 @@ def ray_session():
     )
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory) -> Path:
+    """Four classes of noisy gratings, 16 px: 40 training and 12 test images a class, in several shards."""
+    from isd_ray.data.shards import make_shards
+
+    folder = tmp_path_factory.mktemp("tiny")
+    for split, count in (("train", 40), ("test", 12)):
+        pq.write_table(gratings(count, seed=len(split)), folder / f"{split}.parquet")
+        make_shards(
+            str(folder / f"{split}.parquet"), str(folder / "shards"), split=split, shard_size=50, workers=0
+        )
+    return folder / "shards"
+
+
+@pytest.fixture
+def tiny_options(tiny_shards, tmp_path) -> dict[str, Any]:
+    """Options of a run of seconds, in a folder of the test's own."""
+    return options_of_tiny_run(tiny_shards, tmp_path)

@@ -51,7 +51,7 @@ class Blocks:
 
     @cached_property
     def _ranges(self) -> pa.Table:
-        return self.table.select(["shard", "offset", "size"]).combine_chunks()
+        return self.table.select(["shard", "key", "offset", "size"]).combine_chunks()
 
     def read(
         self,
@@ -210,9 +210,13 @@ def error_of_task(error: BaseException | None) -> UserError | None:
 
 
 class BadImages:
-    """The broken images that were met, each once, and the limit past which there are too many."""
+    """The broken images that were met, each once, and the limit past which there are too many.
+
+    Raises UserError where the limit is no share of the images.
+    """
 
     def __init__(self, table: pa.Table, max_bad: float):
+        index_table.require_share(max_bad)
         self.table, self.max_bad = table, max_bad
         self.entries: list[dict[str, Any]] = []
         self._rows: set[int] = set()

@@ -1,4 +1,4 @@
-"""Sets of one image size that fit are decoded once and kept: by each rank, once a node, or on the training device."""
+"""Sets that fit are decoded once and kept whole: by each rank, once a node, or on the training device."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from isd_ray.data.blocks import Block, Blocks, task_rows
-from isd_ray.data.plan import MEMORY_LIMIT, fits_memory, one_size, shard_codes
+from isd_ray.data.plan import MEMORY_LIMIT, fits_memory, one_size, shard_codes, whole_size
 from isd_ray.data.read import Shape
 from isd_ray.errors import UserError, nearest
 
@@ -33,17 +33,25 @@ class Decoded(NamedTuple):
     holder: Any = None
 
 
-def choose_cache(table: pa.Table, cache: str, finish: bool) -> str:
+def choose_cache(table: pa.Table, cache: str, finish: bool, side: int) -> str:
     """Return where the decoded images are kept; "auto" looks at their size, and takes memory or none.
 
-    Raises UserError for an unknown name and for a cache that cannot hold this set.
+    A cache keeps images that travel whole to views of `side` pixels (`whole_size`), and no others: batches would
+    differ with the cache. Raises UserError for an unknown name and for a cache that cannot hold this set.
     """
+    whole = whole_size(table, side)
     if cache not in CACHES:
         raise UserError(f"No cache is named '{cache}'.{nearest(cache, CACHES)} Known: {', '.join(CACHES)}.")
     if cache not in ("auto", "none"):
-        if one_size(table) is None:
+        size = one_size(table)
+        if size is None:
             raise UserError(
                 f"cache={cache} needs images of one size, and these differ: use cache=auto or none."
+            )
+        if whole is None:
+            raise UserError(
+                f"cache={cache} keeps whole images, and {size[0]} x {size[1]} pixels are too many beside views of "
+                f"{side} x {side}: use cache=auto or none, or shards of smaller images."
             )
         if finish:
             raise UserError(
@@ -51,7 +59,7 @@ def choose_cache(table: pa.Table, cache: str, finish: bool) -> str:
             )
     if cache == "object_store" and not ray.is_initialized():
         raise UserError("cache=object_store needs Ray; use cache=memory.")
-    if cache == "auto" and finish:
+    if cache == "auto" and (finish or whole is None):
         return "none"
     if cache != "auto":
         return cache

@@ -7,22 +7,24 @@ made once in a cache, so there is one data path.
 import hashlib
 import os
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-import isd_ray
 from isd_ray import definitions
 from isd_ray.data import index
 from isd_ray.data.files import AbsentError, absolute, exists, is_folder, join
 from isd_ray.data.imbalance import subset
 from isd_ray.data.scheme_options import read_options
 from isd_ray.data.shards import make_shards
-from isd_ray.errors import UserError, nearest, printable
+from isd_ray.errors import UserError, listed, printable
+from isd_ray.values import faults_of
+from isd_ray.version import __version__
+from isd_ray.yaml_files import parse_mapping, read_mapping
 
 SPLITS = ("train", "test", "bank")
 ELSEWHERE = {  # what is no option of a scheme's own, and how it is given
@@ -34,7 +36,7 @@ ELSEWHERE = {  # what is no option of a scheme's own, and how it is given
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Thresholds(_Strict):
@@ -113,22 +115,27 @@ def load_definition(name: str) -> Definition:
     Raises:
         UserError: unknown name, or a mistake in the file.
     """
-    return parse_definition(definitions.find("datasets", name).read_text(), name)
+    path = definitions.find("datasets", name)
+    return _read(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=64)  # a sweep or a study asks for each of its settings
+def _read(path: Path, changed: int) -> Definition:
+    return _define(read_mapping(path, "definition"), path.stem)
 
 
 def parse_definition(text: str, name: str) -> Definition:
-    """Parse the YAML of a definition; raises UserError with the first mistake."""
+    """Parse the YAML of a definition; raises UserError that lists every mistake."""
+    return _define(parse_mapping(text, f"datasets/{name}.yaml"), name)
+
+
+def _define(content: dict[str, Any], name: str) -> Definition:
+    if "name" in content:
+        raise UserError(f"datasets/{name}.yaml: name: that of the file counts; leave it out")
     try:
-        return Definition(name=name, **yaml.safe_load(text))
+        return Definition(name=name, **content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(p) for p in first["loc"])
-        hint = nearest(where, Definition.model_fields) if first["type"] == "extra_forbidden" else ""
-        raise UserError(f"datasets/{name}.yaml: {where}: {first['msg']}.{hint}") from error
-    except (TypeError, yaml.YAMLError) as error:
-        raise UserError(
-            f"datasets/{name}.yaml is not a YAML mapping: {str(error).splitlines()[0]}"
-        ) from error
+        raise UserError(f"datasets/{name}.yaml: " + listed(faults_of(Definition, error))) from None
 
 
 def open_dataset(
@@ -154,15 +161,13 @@ def open_dataset(
             used instead of `root`.
         cache_dir: where shards are made otherwise (default: ISD_RAY_CACHE, else XDG_CACHE_HOME/isd_ray).
         scheme, ratio, seed, class_order: see `imbalance.subset`; they replace the definition's.
-        Another scheme
-            than the definition's starts without the definition's other arguments.
+            Another scheme than the definition's starts without the definition's other arguments.
         options: further options of the scheme.
         workers, quiet, download: of `make_shards`.
 
     Raises:
         UserError: unknown name, an option that the scheme does not take, nothing at root or shards,
-        or classes
-            that do not fit.
+            or classes that do not fit.
     """
     definition = load_definition(name)
     chosen = {"scheme": scheme, "ratio": ratio, "class_order": class_order}
@@ -226,9 +231,7 @@ def _from_source(definition: Definition, root: str | None, cache: Path, **how: A
             f"data set '{definition.name}' needs its images: give their folder as root, or shards"
         )
     where = absolute(root) if root else ""
-    origin = (
-        where if definition.needs_root else isd_ray.__version__
-    )  # a newer generator may draw other images
+    origin = where if definition.needs_root else __version__  # a newer generator may draw other images
     digest = hashlib.sha256(repr((origin, definition.sources)).encode()).hexdigest()[:8]
     folder = str(cache / f"{definition.cache or definition.name}-{digest}")
     tables: dict[str, pa.Table] = {}

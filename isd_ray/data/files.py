@@ -20,9 +20,10 @@ from typing import TypeVar
 import pyarrow as pa
 from pyarrow import fs as pafs
 
+from isd_ray.data.listing import Listing, list_folder
 from isd_ray.data.store import retry, without_keys
 from isd_ray.ending import broken
-from isd_ray.errors import UserError
+from isd_ray.errors import UserError, printable
 
 T = TypeVar("T")
 OURS = re.compile(r"\..+\.[0-9a-f]{8}\.part")  # names of the part files of `write_whole`
@@ -70,10 +71,9 @@ def open_filesystem(uri: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
     """
     try:
         return pafs.FileSystem.from_uri(absolute(uri))
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"cannot open '{without_keys(os.fspath(uri))}': {str(error).splitlines()[0]}"
-        ) from error
+    except (pa.ArrowException, OSError, ValueError) as error:  # the last: a name that is no UTF-8
+        said = printable(f"'{without_keys(os.fspath(uri))}': {str(error).splitlines()[0]}")
+        raise UserError(f"cannot open {said}") from error
 
 
 def _ask(call: Callable[[], T], filesystem: pafs.FileSystem, uri: str) -> T:
@@ -92,26 +92,24 @@ def info(uri: str) -> pafs.FileInfo:
     return _ask(lambda: filesystem.get_file_info(path), filesystem, uri)
 
 
-def list_files(uri: str, extensions: Iterable[str], recursive: bool = False) -> list[str]:
-    """List the files under the folder `uri` with one of `extensions` (lower case, with dot), sorted.
+def listing(uri: str, extensions: Iterable[str], recursive: bool = False) -> Listing:
+    """List the files under the folder `uri` with one of `extensions` (lower case, with dot), and count the others.
 
-    Returns paths relative to the folder. Hidden files and folders (leading dot) are left out.
+    Names are relative to the folder. Links are followed; hidden files and folders (leading dot) are left out.
 
     Raises:
         AbsentError: `uri` is not a folder.
+        UserError: what `list_folder` refuses, e.g. links that lead to one folder twice.
     """
     filesystem, folder = open_filesystem(uri)
     if info(uri).type != pafs.FileType.Directory:
-        raise AbsentError(f"no folder at '{uri}': check the path")
-    selector = pafs.FileSelector(folder, recursive=recursive)
-    infos = _ask(lambda: filesystem.get_file_info(selector), filesystem, uri)
-    endings = tuple(extensions)
-    names = (posixpath.relpath(i.path, folder) for i in infos if i.type == pafs.FileType.File)
-    return sorted(n for n in names if n.lower().endswith(endings) and not _hidden(n))
+        raise AbsentError(f"no folder at '{printable(uri)}': check the path")
+    return _ask(lambda: list_folder(filesystem, folder, extensions, recursive), filesystem, uri)
 
 
-def _hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in name.split("/"))
+def list_files(uri: str, extensions: Iterable[str], recursive: bool = False) -> list[str]:
+    """Return the names of `listing`, sorted."""
+    return listing(uri, extensions, recursive).names
 
 
 def expand(uri: str, extension: str) -> list[str]:
@@ -154,13 +152,13 @@ def write_text(uri: str, text: str) -> None:
     write_whole(uri, write)
 
 
-def read_bytes(uri: str) -> bytes:
-    """Return the content of the file at `uri`; raises AbsentError where there is none."""
+def read_bytes(uri: str, most: int | None = None) -> bytes:
+    """Return the content of the file at `uri`, or its first `most` bytes; raises AbsentError where there is none."""
     filesystem, path = open_filesystem(uri)
 
     def read() -> bytes:
         with filesystem.open_input_stream(path, compression=None) as stream:
-            return stream.read()
+            return stream.read(most)
 
     try:
         return _ask(read, filesystem, uri)

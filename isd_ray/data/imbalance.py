@@ -16,8 +16,8 @@ import pyarrow as pa
 import yaml
 
 from isd_ray import definitions
+from isd_ray.data.file_lists import listed
 from isd_ray.data.index import class_counts, classes, labels
-from isd_ray.data.listing import listed
 from isd_ray.data.scheme_options import (
     CAP,
     FEW,

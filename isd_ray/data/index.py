@@ -7,6 +7,7 @@ Columns: `shard` (file name relative to the root), `key`, `offset` and `size` (b
     of WebDataset tars alone.
 """
 
+import hashlib
 import json
 import posixpath
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 
@@ -21,10 +23,12 @@ from isd_ray.data.files import absolute, has_suffix, join, list_files, open_file
 from isd_ray.data.packed import UNKNOWN, UNPACKERS, is_packed
 from isd_ray.data.parallel import run_tasks
 from isd_ray.data.scan import SCHEMA, index_shard
-from isd_ray.data.store import retry
+from isd_ray.data.store import StoredFile
+from isd_ray.ending import broken
 from isd_ray.errors import UserError, printable
 
 FORMAT = 1
+CHECKSUM = "sha256"  # name of the checksum in the metadata of a file
 FILE_NAME = "index.parquet"
 _IN_PROCESS = 16  # shards; below this, starting Ray takes longer than the work
 
@@ -38,12 +42,10 @@ def with_metadata(table: pa.Table, root: str, classes: Sequence[str]) -> pa.Tabl
     return table.replace_schema_metadata({b"isd_ray": json.dumps(meta).encode()})
 
 
-def _metadata(table: pa.Table) -> dict[str, Any]:
+def _metadata(table: pa.Table, place: str = "this table") -> dict[str, Any]:
     meta = (table.schema.metadata or {}).get(b"isd_ray")
     if meta is None:
-        raise UserError(
-            "this table is not an isd_ray index: make one with `jobs/make_shards.py --index-only`"
-        )
+        raise UserError(f"{place} is not an isd_ray index: make one with `jobs/make_shards.py --index-only`")
     return json.loads(meta)
 
 
@@ -71,32 +73,88 @@ def class_counts(table: pa.Table) -> np.ndarray:
 def read_index(uri: str) -> pa.Table:
     """Read the index at `uri`, a folder that holds `index.parquet` or the Parquet file itself.
 
-    The root becomes the folder it is read from, so a folder of shards can be moved or copied.
+    The root becomes the folder it is read from, so a folder of shards can be moved or copied. Where the
+    file states a checksum, its content must have it; indexes of earlier versions state none.
 
     Raises:
-        UserError: there is no index, or the file is not one.
+        UserError: there is no index, or the file is not one, or is damaged.
     """
     uri = absolute(uri)
     path = uri if has_suffix(uri, ".parquet") else join(uri, FILE_NAME)
-    filesystem, inner = open_filesystem(path)
+    said = printable(path)
     try:
-        table = retry(lambda: pq.read_table(inner, filesystem=filesystem), filesystem, path)
-        meta = _metadata(table)
+        table = _parse(_content(path))
+        meta = _metadata(table, f"'{said}'")
         if meta["format"] != FORMAT:
             raise UserError(
-                f"'{path}' has index format {meta['format']}, this version reads {FORMAT}: make it again"
+                f"'{said}' has index format {printable(str(meta['format']))[:40]}, this version reads {FORMAT}: "
+                "make it again"
             )
-        names, table = list(meta["classes"]), table.select(SCHEMA.names).cast(SCHEMA)
+        names = meta["classes"]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("its class names are no list of names")
+        table = table.select(SCHEMA.names).cast(SCHEMA)
+        table.validate(full=True)
     except FileNotFoundError:
         raise UserError(
-            f"no index at '{path}': make one with `python jobs/make_shards.py --index-only {uri}`"
+            f"no index at '{said}': make one with `python jobs/make_shards.py --index-only {printable(uri)}`"
         ) from None
-    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
-        raise UserError(
-            f"'{path}' is not a readable index: {(str(error).splitlines() or [''])[0]}"
-        ) from error
-    _check_index(table, names, path)
+    except OSError as error:
+        raise broken(said, error) from error
+    except (pa.ArrowException, LookupError, ValueError, TypeError, RecursionError) as error:
+        reason = printable((str(error).splitlines() or [""])[0])[:300]
+        raise UserError(f"'{said}' is not a readable index: {reason}") from error
+    if meta.get(CHECKSUM) not in (None, _checksum(table, names)):
+        raise UserError(f"'{said}' is damaged: it has changed since it was written; make the index again")
+    _check_index(table, names, said)
     return with_metadata(table, parent(path), names)
+
+
+def _content(path: str) -> bytes:
+    """Return the file's bytes; what a store fails at is no fault of the file. Raises OSError and StoreError."""
+    filesystem, inner = open_filesystem(path)
+    with StoredFile(filesystem, inner) as file:
+        return file.read_at(file.length, 0)
+
+
+def _parse(content: bytes) -> pa.Table:
+    """Return the table of a Parquet file; raises whatever the reader does on damaged bytes, but no OSError."""
+    try:
+        file = pq.ParquetFile(pa.BufferReader(content))
+        if file.metadata.num_rows > len(content):  # every row has a place of its own, and that takes a byte
+            raise ValueError(f"it claims {file.metadata.num_rows} rows in {len(content)} bytes")
+        return file.read()
+    except OSError as error:  # what Arrow calls damage
+        raise ValueError(str(error)) from error
+
+
+def _checksum(table: pa.Table, names: Sequence[str]) -> str:
+    """Return the sha256 of an index, as hexadecimal digits.
+
+    It goes over the class names as a JSON list, then over each column of SCHEMA in its order: the name; a byte
+    a row, 1 where there is a value; numbers as they lie in memory (little-endian, 0 for none), or the lengths
+    of all texts (int64, 0 for none) and then the texts themselves, in UTF-8.
+    """
+    digest = hashlib.sha256(json.dumps(list(names)).encode())
+    for column in SCHEMA:
+        values = table[column.name].cast(column.type)
+        digest.update(column.name.encode())
+        _add(digest, values.is_valid().cast(pa.uint8()))
+        if not pa.types.is_string(column.type):
+            _add(digest, values.fill_null(0))
+            continue
+        values = values.fill_null("")
+        _add(digest, pc.binary_length(values).cast(pa.int64()))
+        for chunk in values.chunks:
+            ends = np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+            if len(chunk) and ends[-1] > ends[0]:
+                digest.update(chunk.buffers()[2][int(ends[0]) : int(ends[-1])])
+    return digest.hexdigest()
+
+
+def _add(digest: Any, values: pa.ChunkedArray) -> None:
+    for chunk in values.chunks:
+        digest.update(np.ascontiguousarray(chunk.to_numpy(zero_copy_only=False)))
 
 
 def _check_index(table: pa.Table, names: Sequence[str], path: str) -> None:
@@ -110,9 +168,14 @@ def _check_index(table: pa.Table, names: Sequence[str], path: str) -> None:
                 f"'{path}' lacks {table[column].null_count} values of '{column}': make the index again"
             )
     for shard in table["shard"].unique().to_pylist():
-        if "://" in shard or shard.startswith("/") or {"", ".", ".."} & set(shard.split("/")):
+        if (
+            "://" in shard
+            or shard.startswith("/")
+            or "\0" in shard
+            or {"", ".", ".."} & set(shard.split("/"))
+        ):
             raise UserError(
-                f"'{path}' names the shard {shard!r}, which is no place in its folder: make it again"
+                f"'{path}' names the shard '{printable(shard[:200])}', which is no place in its folder: make it again"
             )
     top = int(labels(table).max(initial=-1))
     if top >= len(names):
@@ -120,11 +183,14 @@ def _check_index(table: pa.Table, names: Sequence[str], path: str) -> None:
 
 
 def write_index(table: pa.Table, uri: str) -> None:
-    """Write `table` as `index.parquet` into the folder `uri` (or to the `.parquet` file `uri`), all or
-    nothing.
+    """Write `table` with its checksum as `index.parquet` into the folder `uri` (or to the `.parquet` file
+    `uri`), all or nothing.
     """
     path = uri if has_suffix(uri, ".parquet") else join(absolute(uri), FILE_NAME)
-    write_whole(path, lambda local: pq.write_table(table, local))
+    meta = _metadata(table)
+    meta[CHECKSUM] = _checksum(table, meta["classes"])
+    content = table.replace_schema_metadata({b"isd_ray": json.dumps(meta).encode()})
+    write_whole(path, lambda local: pq.write_table(content, local))
 
 
 # -- from tars to the table ----------------------------------------------------------------------------------
@@ -151,12 +217,14 @@ def index_shards(
         reason).
 
     Raises:
-        UserError: no tar, no good sample, too many bad ones, or a label beyond `classes`.
+        UserError: no tar, no good sample, too many bad ones, a `max_bad` that is no share, or a label beyond
+            `classes`.
     """
+    require_share(max_bad)
     uri = absolute(uri)
-    shards = _tars(uri)
+    shards = tars(uri)
     if not shards:
-        raise UserError(f"no .tar file in '{uri}': give the folder that holds the shards")
+        raise UserError(f"no .tar file in '{printable(uri)}': give the folder that holds the shards")
     if workers is None and len(shards) <= _IN_PROCESS and not ray.is_initialized():
         workers = 0
     scans = run_tasks(_index_one, [(uri, s) for s in shards], workers=workers, unit="shards", quiet=quiet)
@@ -166,7 +234,7 @@ def index_shards(
     return with_metadata(table, uri, check_classes(table, classes)), bad
 
 
-def _tars(uri: str) -> list[str]:
+def tars(uri: str) -> list[str]:
     """Return the tars of a folder by name, the compressed ones that do not lie there unpacked too among them."""
     plain = list_files(uri, [".tar"])
     unpacked = {name.lower() for name in plain}
@@ -189,10 +257,15 @@ def check_classes(table: pa.Table, names: Sequence[str] | None) -> list[str]:
     top = int(known.max(initial=-1))
     if names and top >= len(names):
         shard, key = (table[column][int(known.argmax())].as_py() for column in ("shard", "key"))
-        raise UserError(
-            f"label {top} has no name: {len(names)} class names were given (of {printable(key)} in {shard})"
-        )
+        place = printable(f"{key} in {shard}")
+        raise UserError(f"label {top} has no name: {len(names)} class names were given (of {place})")
     return list(names) if names else [str(i) for i in range(top + 1)]
+
+
+def require_share(max_bad: float) -> None:
+    """Refuse a limit of bad samples that is no share of them, such as nan, which no number exceeds."""
+    if not 0 <= max_bad <= 1:
+        raise UserError(f"--max-bad {max_bad}: give the share of the samples that may be bad, 0 to 1")
 
 
 def check_bad(sizes: Sequence[int], bad: Sequence[dict], max_bad: float, place: str) -> None:
@@ -214,7 +287,7 @@ def check_bad(sizes: Sequence[int], bad: Sequence[dict], max_bad: float, place: 
         said = bad and f"{bad[0]['shard']} {bad[0]['key'] or ''}: {bad[0]['reason']}"
         first = f"; first: {printable(said)}" if said else ""
         raise UserError(
-            f"about {lost} of {good + lost} samples in '{place}' are bad ({len(by_shard)} broken shards), "
+            f"about {lost} of {good + lost} samples in '{printable(place)}' are bad ({len(by_shard)} broken shards), "
             f"more than the limit of {max_bad:.1%}{first}"
         )
 

@@ -1,104 +1,127 @@
-"""The images of a list, as published lists name them: by path, class folder and file, or file.
+"""Which files lie under a folder: every one once, also where links lead in circles.
 
-A list of files is text, a file a line. Blank lines and lines that begin with # are left out, and so
-is what follows a file's name, as the label in the lists of SDCLR and ImageNet-LT
-("train/n01440764/a.JPEG 0"). The lists D1..D10 of ISD begin with a heading, "class names :", the
-classes, a line each, and the heading "Train Images:"; the files follow. Any other line is a file,
-and one that the index lacks is refused.
+Links to files are followed, and so are links to folders. A folder that is reached twice, by two links or by a link to
+a folder around it, is refused: its images would count twice, or for ever. Hidden files and folders are left out.
 """
 
+import os
 import posixpath
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
-import numpy as np
-import pyarrow as pa
+from pyarrow import fs as pafs
 
-from isd_ray.data.files import read_bytes
 from isd_ray.errors import UserError, printable
 
-CLASSES, FILES = "class names :", "Train Images:"  # headings of D1..D10
+DEPTH = 64  # folders inside each other
+FILES = 20_000_000  # under one folder; more are to be packed into shards by parts
+BROKEN_LINK, SPECIAL = "broken links", "pipes, sockets or devices"
 
 
-def listed(table: pa.Table, files: str | Sequence[str], missing: str = "error") -> pa.Table:
-    """Return the rows named by a list, in order of the table.
+class Listing(NamedTuple):
+    """Files with a wanted suffix, sorted, relative to the folder; and how many others there are, by kind."""
 
-    A name is looked for as a whole key, then by class folder and base name, then by base name alone
-    where it or the key has no folder. files: path or URI of a text file, or the names; missing:
-    "error" | "skip".
+    names: list[str]
+    others: Counter[str]
+
+    def left_out(self) -> str:
+        """Say how many files were left out and of which kinds, the commonest first; "" where there are none."""
+        ordered = sorted(self.others.items(), key=lambda item: (-item[1], item[0]))
+        kinds = [f"{n} {printable(kind)}" for kind, n in ordered[:6]]
+        more = ", ..." if len(self.others) > 6 else ""
+        return f"{self.others.total()} files left out ({', '.join(kinds)}{more})" if kinds else ""
+
+
+def list_folder(
+    filesystem: pafs.FileSystem, folder: str, extensions: Iterable[str], recursive: bool
+) -> Listing:
+    """List the files under `folder` whose names end in one of `extensions` (lower case, with dot).
 
     Raises:
-        UserError: a file that is not in the index or is there twice (unless "skip"), none at all, a
-        list that
-            is empty or cut in its heading, or no text.
+        UserError: a folder is reached twice, a wanted name is no UTF-8, or there are too many or too deep.
+        OSError: a folder cannot be read.
     """
-    entries = [_stem(name) for name in _names(files)]
-    if not entries:
-        raise UserError("the list of files is empty")
-    keys = [_stem(key) for key in table["key"].to_pylist()]
-    found: dict[str, int | None] = dict.fromkeys(entries)
-    for depth in (None, 2, 1):
-        rows = _by_suffix(keys, depth)
-        for entry in [e for e, row in found.items() if row is None]:
-            row = rows.get(_suffix(entry, depth))
-            if row is not None and (depth != 1 or "/" not in entry or "/" not in keys[row]):
-                found[entry] = row
-    lost = [e for e, row in found.items() if row is None]
-    if (lost and missing == "error") or len(lost) == len(found):
+    local = isinstance(filesystem, pafs.LocalFileSystem)
+    found = _local(folder, recursive) if local else _remote(filesystem, folder, recursive)
+    endings, names, others = tuple(extensions), [], Counter[str]()
+    for number, (name, kind) in enumerate(found, 1):
+        if number > FILES:
+            raise UserError(f"more than {FILES:,} files under '{printable(folder)}': give parts of it")
+        if kind or not name.lower().endswith(endings):
+            others[kind or _suffix(name)] += 1
+        else:
+            names.append(name)
+    _require_utf8(names, folder)
+    return Listing(sorted(names), others)
+
+
+def _suffix(name: str) -> str:
+    return posixpath.splitext(name)[1].lower()[:20] or "without a suffix"
+
+
+def _require_utf8(names: list[str], folder: str) -> None:
+    """Refuse names that no file system but this one, no index and no message could hold."""
+    wrong = [name for name in names if not name.isascii() and _escaped(name) != name]
+    if wrong:
         raise UserError(
-            f"{len(lost)} of {len(found)} listed files are not in the index (or not unique), e.g. "
-            f"'{printable(lost[0])[:200]}'"
+            f"{len(wrong)} files under '{printable(folder)}' have names that are no UTF-8, e.g. "
+            f"'{printable(_escaped(wrong[0]))}': rename them (`convmv -f latin1 -t utf8 -r`)"
         )
-    return table.take(np.unique([row for row in found.values() if row is not None]))
 
 
-def _names(files: str | Sequence[str]) -> list[str]:
-    """Return the listed files as they are written."""
-    if not isinstance(files, str):
-        return [name.strip() for name in files if name.strip()]
+def _escaped(name: str) -> str:
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _remote(filesystem: pafs.FileSystem, folder: str, recursive: bool) -> Iterator[tuple[str, str]]:
+    for info in filesystem.get_file_info(pafs.FileSelector(folder, recursive=recursive)):
+        name = posixpath.relpath(info.path, folder)
+        if info.type == pafs.FileType.File and not any(part.startswith(".") for part in name.split("/")):
+            yield name, ""
+
+
+def _local(folder: str, recursive: bool) -> Iterator[tuple[str, str]]:
+    """Yield the path of every file with "", and that of what is none with its kind."""
+    seen = {os.path.realpath(folder): "."}
+    waiting = [""]
+    while waiting:
+        inner = waiting.pop()
+        with os.scandir(posixpath.join(folder, inner)) as entries:
+            visible = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+        for entry in visible:
+            name = posixpath.join(inner, entry.name)
+            kind = _kind(entry)
+            if kind != "folder":
+                yield name, kind
+            elif recursive:
+                _enter(folder, name, seen)
+                waiting.append(name)
+
+
+def _kind(entry: os.DirEntry) -> str:
+    """Return "" for a file, "folder", or what else it is; links are followed."""
     try:
-        text = read_bytes(files).decode()
-    except UnicodeDecodeError:
-        raise UserError(f"list of files '{printable(files)}': no text in UTF-8") from None
-    lines = [line.strip() for line in text.splitlines()]
-    lines = [line for line in lines if line and not line.startswith("#")]
-    return _below_headings(lines, printable(files)) if lines[:1] == [CLASSES] else lines
+        if entry.is_file():
+            return ""
+        if entry.is_dir():
+            return "folder"
+    except PermissionError:
+        raise
+    except OSError:  # a link to itself
+        return BROKEN_LINK
+    return BROKEN_LINK if entry.is_symlink() else SPECIAL
 
 
-def _below_headings(lines: Sequence[str], place: str) -> list[str]:
-    """Return the files of a list in the form of D1..D10; each class in its heading has some."""
-    if FILES not in lines:
-        raise UserError(f"list of files '{place}': it begins with '{CLASSES}' and has no line '{FILES}'")
-    end = lines.index(FILES)
-    classes, names = lines[1:end], list(lines[end + 1 :])
-    if wrong := [name for name in classes if "/" in name or "." in name]:
+def _enter(folder: str, name: str, seen: dict[str, str]) -> None:
+    """Note a folder, which is `name` under `folder`; raises UserError where it was there before, or lies too deep."""
+    place = os.path.realpath(posixpath.join(folder, name))
+    before = seen.setdefault(place, name)
+    said, first = (printable(_escaped(path)) for path in (name, before))
+    if before != name:
         raise UserError(
-            f"list of files '{place}': '{printable(wrong[0])[:60]}' stands among the class names, before '{FILES}'"
+            f"'{said}' and '{first}' under '{printable(folder)}' are one folder by a link: its files would come "
+            "twice; remove the link"
         )
-    present = {posixpath.basename(posixpath.dirname(name)) for name in names}
-    if empty := [name for name in classes if name not in present]:
-        raise UserError(
-            f"list of files '{place}': it has no file of class '{printable(empty[0])[:60]}', which its heading "
-            "names; is it cut?"
-        )
-    return names
-
-
-def _stem(name: str) -> str:
-    folder, base = posixpath.split(name.strip("/"))
-    return posixpath.join(folder, base.partition(".")[0])
-
-
-def _suffix(name: str, depth: int | None) -> str:
-    return name if depth is None else "/".join(name.split("/")[-depth:])
-
-
-def _by_suffix(names: Sequence[str], depth: int | None) -> dict[str, int]:
-    """Map the last `depth` parts of every name to its row, leaving out what two rows share."""
-    rows: dict[str, int] = {}
-    shared = set()
-    for row, name in enumerate(names):
-        suffix = _suffix(name, depth)
-        if suffix in rows:
-            shared.add(suffix)
-        rows[suffix] = row
-    return {s: r for s, r in rows.items() if s not in shared}
+    if name.count("/") >= DEPTH:
+        raise UserError(f"'{said[:60]}...' under '{printable(folder)}' is more than {DEPTH} folders deep")

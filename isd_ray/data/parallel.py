@@ -11,6 +11,7 @@ import ray
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from isd_ray.errors import UserError
 from isd_ray.session import start_ray
 
 
@@ -31,7 +32,12 @@ def run_tasks(
         unit: what the progress counts, e.g. "images".
         count: how many units a result stands for.
         total: units in all (default: one an item).
+
+    Raises:
+        UserError: fewer than 0 workers, and what a call raises.
     """
+    if (workers or 0) < 0:
+        raise UserError(f"--workers {workers}: give the tasks at once, or 0 for this process alone")
     progress = Progress(unit, len(items) if total is None else total, quiet)
     with progress:
         if workers == 0:

@@ -14,6 +14,8 @@ from isd_ray.errors import UserError
 MEMORY_LIMIT = 2 * 2**30  # bytes of decoded images up to which a set of one image size is held in memory
 READ_BYTES = 2**20  # a read of about 1 MiB hides the latency of an object store
 WINDOW_BYTES = 512 * 2**20  # encoded images that one window of `chunk` global batches may hold
+WHOLE_VIEWS = 4  # views of whose pixels an image that travels whole may have as many
+WHOLE_PIXELS = 128 * 128  # or so many pixels, whatever the view: a batch of them is small all the same
 
 
 def plan(shards: np.ndarray, seed: int, epoch: int, global_batch: int, chunk: int = 1) -> np.ndarray:
@@ -83,6 +85,26 @@ def one_size(table: pa.Table) -> tuple[int, int] | None:
     if not known or width["min"] != width["max"] or height["min"] != height["max"] or width["min"] <= 0:
         return None
     return width["min"], height["min"]
+
+
+def require_side(side: int) -> None:
+    """Refuse a view without a pixel."""
+    if side < 1:
+        raise UserError(f"a view of {side} pixels: --image-size is at least 1")
+
+
+def whole_size(table: pa.Table, side: int) -> tuple[int, int] | None:
+    """Return (width, height) of images that travel whole to where views of `side` pixels are made, else None.
+
+    Images do so where all have one size of at most WHOLE_VIEWS times the pixels of a view (or WHOLE_PIXELS). All
+    others are cropped where they are read, so that a batch takes the memory of its views, whatever the camera.
+
+    Raises UserError for a view without a pixel.
+    """
+    require_side(side)
+    size = one_size(table)
+    most = max(WHOLE_VIEWS * side**2, WHOLE_PIXELS)
+    return size if size and size[0] * size[1] <= most else None
 
 
 def fits_memory(table: pa.Table, limit: int = MEMORY_LIMIT) -> bool:

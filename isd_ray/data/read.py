@@ -8,6 +8,7 @@ places and nothing is lost in silence.
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from time import perf_counter
 
 import numpy as np
@@ -17,21 +18,29 @@ from pyarrow import fs
 
 from isd_ray.data import views as v
 from isd_ray.data.decode import MAX_BYTES, BrokenImage, Picture, Shrink, decode
+from isd_ray.data.headers import BLOCK, EXTENDED_BYTES, has_key, stated_size
 from isd_ray.data.packed import UnpackedFile, open_shard
+from isd_ray.data.plan import WINDOW_BYTES, shard_codes
 from isd_ray.data.store import StoredFile
 from isd_ray.data.views import View
+from isd_ray.errors import printable
 
 GAP = (
     64 * 1024
 )  # bytes between two images that are read rather than skipped: less than a second request costs
 STAGES = ("read", "decode", "transform")  # what a reading task spends its time on
-HEADER = 512  # bytes before the image: the header of its member
+BEFORE = 4096  # bytes read before an image: its member's header, and long names or records before that
+FAR_BEFORE = EXTENDED_BYTES + 4 * BLOCK  # what these may take at most
+LOCAL_BYTES = (
+    64 * 2**20
+)  # encoded images that a task holds; from a store WINDOW_BYTES, for few and large requests
 REMOTE_READS = 8  # requests under way in one task when the shards are not local
 
 # A crop keeps at least so many times the pixels of the view on a side where a JPEG is decoded smaller: Pillow's own
 # advice for `reducing_gap`, with which the view is hardly to be told from one of the whole image.
 REDUCING_GAP = 2
 
+Encoded = bytes | BrokenImage  # of one image, or why there are none
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -65,20 +74,16 @@ def read_rows(
     batch: int,
     shape: Shape,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Read rows of the index at once, then yield them decoded and shaped, `batch` at a time.
+    """Read rows of the index, a bounded number of bytes at once, and yield them decoded and shaped, `batch` at a time.
 
     A block is {image uint8 [b, V, 3, S, S], row [b], position [b], reason [b], seconds float32 [b, 3]};
     `reason` is "" for a good image, a broken one is all zero and says why; `seconds` were spent on the row in
     each of STAGES.
     """
-    start_read = perf_counter()
-    data = read_bytes(filesystem, folder, table.take(pa.array(rows)))
-    reading = (perf_counter() - start_read) / max(len(rows), 1)
+    data = encoded(filesystem, folder, table.take(pa.array(rows)))
     for start in range(0, len(rows), batch):
         part = slice(start, start + batch)
-        image, reason, seconds = _decode(data[part], position[part], shape)
-        seconds[:, 0] = reading
-        data[part] = [b""] * len(reason)  # the encoded bytes are not needed any more
+        image, reason, seconds = _decode(islice(data, batch), position[part], shape)
         yield {
             "image": image,
             "row": rows[part],
@@ -89,14 +94,15 @@ def read_rows(
 
 
 def _decode(
-    data: list[bytes | BrokenImage], position: np.ndarray, shape: Shape
+    data: Iterator[tuple[Encoded, float]], position: np.ndarray, shape: Shape
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    image = np.zeros((len(data), *shape.array), dtype=np.uint8)
-    reason = np.full(len(data), "", dtype=object)
-    seconds = np.zeros((len(data), len(STAGES)), dtype=np.float32)
+    number = len(position)
+    image = np.zeros((number, *shape.array), dtype=np.uint8)
+    reason = np.full(number, "", dtype=object)
+    seconds = np.zeros((number, len(STAGES)), dtype=np.float32)
     cutters = _cutters(position, shape)
-    for i, content in enumerate(data):
-        start = perf_counter()
+    for i, (content, reading) in enumerate(data):
+        seconds[i, 0], start = reading, perf_counter()
         try:
             if isinstance(content, BrokenImage):
                 raise content
@@ -113,7 +119,7 @@ def _decode(
             image[i] = 0
             reason[i] = str(error)
     if shape.finished:
-        seconds[:, 2] += _colour(image, position, shape) / max(len(data), 1)
+        seconds[:, 2] += _colour(image, position, shape) / max(number, 1)
     return image, reason, seconds
 
 
@@ -185,21 +191,53 @@ def _whole(picture: Picture, shape: Shape) -> np.ndarray:
     return picture.pixels
 
 
-def read_bytes(filesystem: fs.FileSystem, folder: str, table: pa.Table) -> list[bytes | BrokenImage]:
-    """Return the bytes of every row's image, neighbours in a shard read together.
+def encoded(filesystem: fs.FileSystem, folder: str, table: pa.Table) -> Iterator[tuple[Encoded, float]]:
+    """Yield every row's image as `read_bytes` gives it, and its share of the seconds that reading took.
 
-    A shard or a range that is not there gives a BrokenImage instead of bytes. Raises StoreError where a remote store
-    does not answer.
+    However many rows there are, LOCAL_BYTES of them are held, from a store WINDOW_BYTES, or one image
+    where that is more.
     """
-    names, shard = np.unique(np.array(table.column("shard").to_pylist()), return_inverse=True)
+    local = isinstance(filesystem, fs.LocalFileSystem)
+    sizes = table.column("size").to_numpy()
+    for part in pieces(sizes, LOCAL_BYTES if local else WINDOW_BYTES):
+        start = perf_counter()
+        data = read_bytes(filesystem, folder, table.slice(part.start, part.stop - part.start))
+        seconds = (perf_counter() - start) / len(data)
+        data.reverse()
+        while data:
+            yield data.pop(), seconds
+
+
+def pieces(sizes: np.ndarray, most: int) -> Iterator[slice]:
+    """Cut rows of these sizes [bytes] into neighbours that have at most `most` bytes, or into single rows."""
+    ends = np.cumsum(np.clip(sizes, 0, MAX_BYTES) + BLOCK)
+    start = 0
+    while start < len(ends):
+        before = ends[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, before + most, side="right")))
+        yield slice(start, stop)
+        start = stop
+
+
+def read_bytes(filesystem: fs.FileSystem, folder: str, table: pa.Table) -> list[Encoded]:
+    """Return the bytes of every row's image, neighbours in a shard read together, all at once.
+
+    A shard that is not there, or a range where no file of this key and size begins, gives a
+    BrokenImage instead of bytes. Whether the bytes are those that were indexed only decoding shows: an
+    index is made of headers alone, so it holds no checksum of an image. Raises StoreError where a
+    remote store does not answer.
+    """
+    names, shard = table.column("shard").unique().to_pylist(), shard_codes(table)
     offset, size = (table.column(name).to_numpy() for name in ("offset", "size"))
+    key = np.array(table.column("key").to_pylist(), dtype=object)
     order = np.lexsort((offset, shard))
     groups = np.split(order, np.flatnonzero(np.diff(shard[order])) + 1)
 
-    def read(group: np.ndarray) -> list[bytes | BrokenImage]:
-        return _read_shard(filesystem, f"{folder}/{names[shard[group[0]]]}", offset[group], size[group])
+    def read(group: np.ndarray) -> list[Encoded]:
+        path = f"{folder}/{names[shard[group[0]]]}"
+        return _read_shard(filesystem, path, key[group], offset[group], size[group])
 
-    data: list[bytes | BrokenImage] = [b""] * table.num_rows
+    data: list[Encoded] = [b""] * table.num_rows
     with ThreadPoolExecutor(1 if isinstance(filesystem, fs.LocalFileSystem) else REMOTE_READS) as pool:
         for group, parts in zip(groups, pool.map(read, groups), strict=True):
             for row, part in zip(group, parts, strict=True):
@@ -208,50 +246,60 @@ def read_bytes(filesystem: fs.FileSystem, folder: str, table: pa.Table) -> list[
 
 
 def _read_shard(
-    filesystem: fs.FileSystem, path: str, offset: np.ndarray, size: np.ndarray
-) -> list[bytes | BrokenImage]:
+    filesystem: fs.FileSystem, path: str, key: np.ndarray, offset: np.ndarray, size: np.ndarray
+) -> list[Encoded]:
     """Return the bytes of ranges of one shard, which are sorted by offset."""
-    parts: list[bytes | BrokenImage] = [
+    parts: list[Encoded] = [
         BrokenImage(f"the index names no valid range: offset {a}, size {n}")
         for a, n in zip(offset.tolist(), size.tolist(), strict=True)
     ]
-    valid = np.flatnonzero((offset >= HEADER) & (offset < 2**62) & (size > 0) & (size <= MAX_BYTES))
+    valid = np.flatnonzero((offset >= BLOCK) & (offset < 2**62) & (size > 0) & (size <= MAX_BYTES))
     far = offset[valid][1:] - (offset + size)[valid][:-1] > GAP
     try:
         with open_shard(filesystem, path) as file:
             for run in np.split(valid, np.flatnonzero(far) + 1):
-                for i, part in zip(run, _read_run(file, offset[run], size[run]), strict=True):
+                for i, part in zip(run, _read_run(file, key[run], offset[run], size[run]), strict=True):
                     parts[i] = part
     except FileNotFoundError:
         return [BrokenImage("the shard is missing")] * len(offset)
-    except OSError as error:
-        return [BrokenImage(f"the shard cannot be read: {error}")] * len(offset)
+    except (OSError, pa.ArrowInvalid) as error:  # the latter: a name that no file can have
+        return [BrokenImage(f"the shard cannot be read: {printable(str(error))[:300]}")] * len(offset)
     return parts
 
 
 def _read_run(
-    file: StoredFile | UnpackedFile, offset: np.ndarray, size: np.ndarray
-) -> list[bytes | BrokenImage]:
+    file: StoredFile | UnpackedFile, key: np.ndarray, offset: np.ndarray, size: np.ndarray
+) -> list[Encoded]:
     """Return the bytes of near ranges out of one read; the file may end before they do."""
     if not len(offset):
         return []
-    start, stop = int(offset[0]) - HEADER, int((offset + size).max())
+    first, stop = int(offset[0]), int((offset + size).max())
+    start = max(0, first - BEFORE)
     data = file.read_at(stop - start, start)
-    return [
-        _cut(data, at, length) for at, length in zip((offset - start).tolist(), size.tolist(), strict=True)
-    ]
+    places = zip(key, (offset - start).tolist(), size.tolist(), strict=True)
+    parts = [_cut(data, *place) for place in places]
+    if start and isinstance(parts[0], OtherFile):  # the headers that name it may lie before what was read
+        start = max(0, first - FAR_BEFORE)
+        data = file.read_at(first + int(size[0]) - start, start)
+        parts[0] = _cut(data, key[0], first - start, int(size[0]))
+    return parts
 
 
-def _cut(data: bytes, at: int, length: int) -> bytes | BrokenImage:
-    """Return one image, if the tar's header before it says that a file of this length begins here."""
+class OtherFile(BrokenImage):
+    """Where an image should begin, a file of its size but of another name does."""
+
+
+def _cut(data: bytes, key: str, at: int, length: int) -> Encoded:
+    """Return one image, if the tar's headers before it say that a file of this key and length begins here."""
     part = data[at : at + length]
     if len(part) < length:
         return BrokenImage(f"the shard ends {length - len(part)} bytes before the image does")
-    said = data[at - HEADER + 124 : at - HEADER + 136].strip(
-        b" \0"
-    )  # the member's size (POSIX.1-1988, ustar)
-    if said.lstrip(b"0") != b"%o" % length:
+    if stated_size(data[at - BLOCK : at]) != length:
         return BrokenImage(
             f"the index does not fit the shard: no file of {length} bytes begins there; index it again"
+        )
+    if not has_key(data, at, key):
+        return OtherFile(
+            "the index does not fit the shard: a file of another name begins there; index it again"
         )
     return part

@@ -11,18 +11,18 @@ import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import IO, Any, Self
+from typing import IO, Any
 
 import pyarrow as pa
 from pyarrow import fs as pafs
 
 from isd_ray.data.decode import MAX_BYTES, describe, open_header, orientation
+from isd_ray.data.headers import open_tar, split_key
 from isd_ray.data.packed import open_shard
 from isd_ray.data.store import StoreError
+from isd_ray.errors import printable
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif")
-# Only decoders of these plain raster formats are tried on foreign bytes.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif", "jp2")
 SCHEMA = pa.schema(
     [
         ("shard", pa.string()),
@@ -39,7 +39,6 @@ LABELS = (
 )  # a label is smaller: every class costs a name, a place in histograms and a row of a classifier
 _BUFFER = 1 << 17  # bytes fetched at once: a few small samples, or the head of a large one
 _LABEL_BYTES = 1 << 20  # a label member beyond this is not a label
-_HEADER_BYTES = 1 << 20  # a long name or a set of pax records beyond this is an attempt to fill the memory
 _META = re.compile(r"(^|/)__[^/]*__($|/)")  # members that WebDataset keeps for itself
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -72,7 +71,7 @@ def index_shard(filesystem: pafs.FileSystem, path: str) -> tuple[pa.Table, list[
     if broken is None and not (rows or bad):
         broken = "no sample in the tar"
     if broken is not None:
-        reason = (broken.splitlines() or ["unreadable"])[0][:200]
+        reason = printable((broken.splitlines() or ["unreadable"])[0])[:200]
         bad.append({"shard": samples.shard, "key": None, "reason": reason, "rows": len(rows)})
     return pa.Table.from_pylist(rows, schema=SCHEMA), bad
 
@@ -146,23 +145,11 @@ class _Samples:
         return sorted(rows, key=lambda row: row["offset"]), self.bad
 
     def _note(self, key: str, reason: str) -> None:
-        self.bad.append({"shard": self.shard, "key": key, "reason": reason})
+        self.bad.append({"shard": self.shard, "key": key, "reason": printable(reason)[:300]})
 
 
 class BadSample(ValueError):
     """A sample that cannot be used; the message is the reason."""
-
-
-class _Member(tarfile.TarInfo):
-    """A header that claims nothing absurd: tarfile itself would go back for ever, or read gigabytes as a name."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        info = super().frombuf(buf, encoding, errors)
-        is_header = info.type not in tarfile.REGULAR_TYPES and info.type in b"LKxgX"
-        if info.size < 0 or (is_header and info.size > _HEADER_BYTES):
-            raise tarfile.ReadError(f"a header claims {info.size} bytes")
-        return info
 
 
 class _Scan:
@@ -176,9 +163,7 @@ class _Scan:
         if packed:
             raise tarfile.ReadError(f"compressed tar ({packed}): name it as such (.tar.gz), or unpack it")
         try:
-            self.tar = tarfile.open(  # noqa: SIM115 (closed with the file)
-                fileobj=file, mode="r:", tarinfo=_Member, encoding="utf-8", errors="backslashreplace"
-            )
+            self.tar = open_tar(file)
         except tarfile.ReadError as error:
             raise tarfile.ReadError(f"not a tar: {error}; it begins with {first!r}") from None
 
@@ -186,16 +171,14 @@ class _Scan:
         """Yield the members in order of the tar, neighbours of one key together."""
         group: _Group | None = None
         for info in self._members():
-            folder, base = posixpath.split(info.name)
-            stem, _, extension = base.partition(".")
-            if info.isdir() or not stem or _META.search(info.name):
+            key, extension = split_key(info.name)
+            if info.isdir() or not posixpath.basename(key) or _META.search(info.name):
                 continue
-            key = posixpath.join(folder, stem)
             if group is None or key != group.key:
                 if group:
                     yield group
                 group = _Group(key)
-            group.add(extension.lower(), info)
+            group.add(extension, info)
         if group:
             yield group
 
@@ -224,7 +207,7 @@ class _Scan:
             raise BadSample("image member of zero bytes")
         if info.size > MAX_BYTES:
             raise BadSample(f"image member of {info.size} bytes, more than {MAX_BYTES}")
-        with open_header(self._open(info), IMAGE_FORMATS) as picture:
+        with open_header(self._open(info)) as picture:
             width, height = picture.size
             if orientation(picture) >= 5:  # stored lying on its side
                 width, height = height, width

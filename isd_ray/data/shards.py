@@ -21,10 +21,11 @@ import ray
 from webdataset.writer import TarWriter
 
 from isd_ray.data import files, index, scan
-from isd_ray.data.decode import open_header
+from isd_ray.data.decode import MAX_BYTES, open_header
 from isd_ray.data.parallel import run_tasks
-from isd_ray.data.sources import Source, open_source
-from isd_ray.errors import UserError
+from isd_ray.data.samples import Sample, Source
+from isd_ray.data.sources import open_source
+from isd_ray.errors import MachineError, UserError, printable
 
 MANIFEST = "make_shards.json"
 _EXTENSION = {
@@ -35,7 +36,10 @@ _EXTENSION = {
     "BMP": "bmp",
     "PPM": "ppm",
     "TIFF": "tif",
+    "GIF": "gif",
+    "JPEG2000": "jp2",
 }
+_KEY_LENGTH = 4096  # as of a path; the rest of a longer name is left out
 _UNSAFE = re.compile(r"[^\w\-+=@~]", re.ASCII)
 _IN_PROCESS = 20_000  # samples; below this, starting Ray takes longer than the work
 
@@ -65,17 +69,20 @@ def make_shards(
         max_bad: largest part of the samples that may be no image or miss their label.
 
     Raises:
-        UserError: nothing to read, other parameters than those the folder was made with, or too many bad
-            samples.
+        UserError: nothing to read, other parameters than those the folder was made with, a `max_bad` that is
+            no share, or too many bad samples.
     """
+    index.require_share(max_bad)
     if shard_size < 1:
         raise UserError(f"--shard-size {shard_size}: a shard holds at least 1 sample")
     folder, name = files.join(files.absolute(out), split), name or split
     if not re.fullmatch(r"[\w\-]+", name) or not re.fullmatch(r"[\w\-]+", split):
-        raise UserError(f"name '{name}' and split '{split}' may hold letters, digits, '-' and '_' only")
+        raise UserError(
+            printable(f"name '{name}' and split '{split}' may hold letters, digits, '-' and '_' only")
+        )
     opened = open_source(source, split=split, **options)
     if not len(opened):
-        raise UserError(f"source '{source}' holds no image")
+        raise UserError(f"source '{printable(source)}' holds no image")
     keys = unique_keys(opened.names())
     _claim(folder, _description(opened, keys, name, shard_size, options))
     tasks = _tasks(opened, keys, folder, name, shard_size)
@@ -130,7 +137,7 @@ def write_bad(bad: Sequence[dict], folder: str) -> None:
 
 
 def unique_keys(names: Sequence[str]) -> list[str]:
-    """Turn names in a source into WebDataset keys: no dot, no path tricks, ASCII, each one once.
+    """Turn names in a source into WebDataset keys: no dot, no path tricks, ASCII, of a bounded length, each one once.
 
     A key keeps the folders and the base name without its extension; what would collide gets its row number.
     """
@@ -148,10 +155,11 @@ def unique_keys(names: Sequence[str]) -> list[str]:
 
 def _safe(name: str) -> str:
     stem, extension = posixpath.splitext(name)
-    stem = stem if extension.lower()[1:] in (*scan.IMAGE_EXTENSIONS, "tiff") else name
+    stem = stem if extension.lower()[1:] in scan.IMAGE_EXTENSIONS else name
     parts = [p for p in stem.split("/") if p not in ("", ".", "..")]
     # names that begin with two underscores are WebDataset's own
-    return "/".join(re.sub("^_+", "_", _UNSAFE.sub("_", p)) for p in parts) or "_"
+    key = "/".join(re.sub("^_+", "_", _UNSAFE.sub("_", p)) for p in parts)
+    return key[:_KEY_LENGTH].rstrip("/") or "_"
 
 
 # -- the folder's description: a re-run with other parameters would mix two sets -----------------------------
@@ -180,23 +188,36 @@ def _description(
 def _claim(folder: str, description: dict) -> None:
     place = files.join(folder, MANIFEST)
     if files.exists(place):
-        there = json.loads(files.read_bytes(place))
+        there = _read_manifest(place)
         differing = [k for k in description if there.get(k) != description[k]]
         if differing:
             said = ", ".join(
                 f"{k} {_short(there.get(k))} there, {_short(description[k])} now" for k in differing
             )
             raise UserError(
-                f"'{folder}' was made with other parameters ({said}): give another --out or delete it"
+                printable(
+                    f"'{folder}' was made with other parameters ({said}): give another --out or delete it"
+                )
             )
     else:
         if files.exists(folder) and files.list_files(folder, [".tar"]):
             raise UserError(
-                f"'{folder}' holds tars that make_shards did not write: give another --out or --index-only"
+                f"'{printable(folder)}' holds tars that make_shards did not write: give another --out or "
+                "--index-only"
             )
         text = json.dumps(description, indent=1) + "\n"
         files.write_text(place, text)
     files.remove_stale_parts(folder)
+
+
+def _read_manifest(place: str) -> dict:
+    try:
+        there = json.loads(files.read_bytes(place))
+    except (ValueError, RecursionError):
+        there = None
+    if not isinstance(there, dict):
+        raise UserError(f"'{printable(place)}' is damaged: give another --out, or delete that folder")
+    return there
 
 
 def _short(value: object) -> str:
@@ -208,15 +229,27 @@ def _short(value: object) -> str:
 
 
 def _make_one(source: Source, keys: list[str], uri: str) -> tuple[pa.Table, list[dict]]:
-    """Write one shard unless it is there and whole; return its index and the samples left out."""
+    """Write one shard unless it is there and whole; return its index and the samples left out.
+
+    Where no sample is good there is no shard: a tar without a sample would count as damaged ever after.
+    """
     kept = _whole(uri, len(keys))
     if kept is not None:
         return kept, []
-    result: list[tuple[pa.Table, list[dict]]] = []
-    files.write_whole(
-        uri, lambda path: result.append(_write(source, keys, path, posixpath.basename(files.path_of(uri))))
-    )
+    name, result = posixpath.basename(files.path_of(uri)), []
+    try:
+        files.write_whole(uri, lambda path: result.append(_write(source, keys, path, name)))
+    except _NoSample as error:
+        return scan.SCHEMA.empty_table(), error.bad
     return result[0]
+
+
+class _NoSample(Exception):
+    """None of a shard's samples is good; `bad` says why."""
+
+    def __init__(self, bad: list[dict]):
+        super().__init__("no good sample")
+        self.bad = bad
 
 
 def _whole(uri: str, samples: int) -> pa.Table | None:
@@ -232,20 +265,32 @@ def _write(source: Source, keys: list[str], path: str, shard: str) -> tuple[pa.T
     bad = []
     with open(path, "wb") as file, _tar(file) as tar:
         for key, sample in zip(keys, source, strict=True):
-            extension = image_extension(sample.image)
-            if extension is None:
-                bad.append(
-                    {"shard": shard, "key": key, "reason": f"not an image ({len(sample.image)} bytes)"}
-                )
+            extension, fault = image_extension(sample.image), _fault(sample)
+            if extension is None or fault:
+                reason = fault or f"not an image ({len(sample.image)} bytes)"
+                bad.append({"shard": shard, "key": key, "reason": reason})
                 continue
             label = {} if sample.label is None else {"cls": str(sample.label).encode()}
             tar.write({"__key__": key, extension: sample.image, **label})
+    if len(bad) == len(keys):
+        raise _NoSample(bad)
     filesystem, inner = files.open_filesystem(path)
     table, unread = index.index_shard(filesystem, inner)
     if unread:  # what was just written cannot be read: a full disk or a fault of ours, never of one image
-        raise OSError(f"shard {shard} cannot be read back: {unread[0]}")
+        raise MachineError(
+            f"shard {shard} cannot be read back ({unread[0]['reason']}): check the disk, start again"
+        )
     names = pa.array([shard] * len(table), pa.string())
     return table.set_column(0, "shard", names), bad
+
+
+def _fault(sample: Sample) -> str | None:
+    """Say why an image or its label is too large to be read from a shard; None where both are not."""
+    if len(sample.image) > MAX_BYTES:
+        return f"more than {MAX_BYTES} bytes"
+    if sample.label is not None and sample.label >= scan.LABELS:
+        return f"label {sample.label} is larger than {scan.LABELS - 1}"
+    return None
 
 
 def _tar(file: Any) -> TarWriter:
@@ -258,7 +303,7 @@ def image_extension(content: bytes) -> str | None:
     image.
     """
     try:
-        with open_header(io.BytesIO(content), scan.IMAGE_FORMATS) as picture:
+        with open_header(io.BytesIO(content)) as picture:
             return _EXTENSION[picture.format or ""]
     except Exception:  # Pillow raises nearly anything on hostile bytes
         return None

@@ -18,7 +18,7 @@ from torch import Tensor
 from isd_ray.data import index as index_table
 from isd_ray.data.blocks import BadImages, Blocks, task_rows
 from isd_ray.data.cache import TASK_IMAGES, Decoded, choose_cache, decoded, in_index_order, read_only
-from isd_ray.data.plan import chunk_for, one_size, plan, rank_columns, shard_codes
+from isd_ray.data.plan import chunk_for, plan, rank_columns, shard_codes, whole_size
 from isd_ray.data.read import STAGES, Shape
 from isd_ray.data.views import View, get_views
 from isd_ray.errors import UserError
@@ -46,24 +46,25 @@ class Batch:
 class Stream:
     """The batches of one rank.
 
-    table: the index; size: side of a view in pixels; views: names or View values; rank, world: this rank's
-    place. cache: "memory" keeps the decoded set in this process (every rank holds all of it, since the plan mixes the
-    whole set); "object_store" once a node, for all its ranks; "device" on `device`, where batches then lie; "none"
-    reads the shards every epoch; "auto" takes memory for a set of one image size that needs at most 2 GiB and a fifth
-    of the machine's memory, else none. finish: have the reading tasks make the views
-    altogether, not only their crops. max_bad: share of the set that may be broken; a rank counts the broken images that
-    it has met, each once, in `bad`.
+    table: the index; size: side of a view in pixels; views: names or View values; rank, world: this
+    rank's place. cache: "memory" keeps the decoded set in this process (every rank holds all of it, since
+    the plan mixes the whole set); "object_store" once a node, for all its ranks; "device" on `device`,
+    where batches then lie; "none" reads the shards every epoch; "auto" takes memory for a set whose images
+    travel whole (`plan.whole_size`) and need at most 2 GiB and a fifth of the machine's memory, else none.
+    finish: have the reading tasks make the views altogether, not only their crops. max_bad: share of the
+    set that may be broken; a rank counts the broken images that it has met, each once, in `bad`.
 
-    With cache="none" memory is bounded, whatever the size of the set and the speed of its reader: in the object store
-    by T + 1 times 32 MiB of decoded images (or one batch, where that is more), T being the tasks at once, the rank's
-    share of the cluster's CPUs, or fewer where all ranks' would fill more than half of the store; in a task by the
-    encoded images of its range (1,024 images, or one window of `chunk` steps where that is more) and one block.
+    With cache="none" memory is bounded, whatever the size of the set and of its images and the speed of
+    the reader: in the object store by T + 1 times 32 MiB of decoded images (or one batch, where that is
+    more), T being the tasks at once, the rank's share of the cluster's CPUs, or fewer where all ranks' would
+    fill more than half of the store; in a task by 64 MiB of encoded images (512 MiB from a store, or one
+    image where that is more), held twice while they are read, one decoded image and one block.
 
     The batches depend on (table, seed, global_batch) only, not on cache, world or the machine; `finish` rounds them to
     whole grey levels.
 
-    Raises UserError for an unknown view or cache, for a cache that cannot hold the set or its finished views, and for a
-    set smaller than one global batch.
+    Raises UserError for an unknown view or cache, for a cache that cannot hold the set or its finished
+    views, for a size or `max_bad` that cannot be, and for a set smaller than one global batch.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class Stream:
         self.table, self.seed, self.global_batch, self.size = table, seed, global_batch, size
         self.rank, self.world = rank, world
         self.views = get_views(views)
-        self.cache, self.finish = choose_cache(table, cache, finish), finish
+        self.cache, self.finish = choose_cache(table, cache, finish, size), finish
         self.device = torch.device(device)
         self.chunk = chunk_for(table, global_batch)
         self._shards = shard_codes(table)
@@ -144,7 +145,7 @@ class Stream:
             yield self._batch(image, row, position[step][good], epoch)
 
     def _from_shards(self, rows: np.ndarray, position: np.ndarray, epoch: int, start: int) -> Iterator[Batch]:
-        whole = None if self.finish else one_size(self.table)
+        whole = None if self.finish else whole_size(self.table, self.size)
         side = (self.size, self.size)
         shape = (
             Shape(whole[::-1])
@@ -188,8 +189,8 @@ class Stream:
 
 
 def ordered(table: pa.Table, *, size: int, batch: int = 256, max_bad: float = 0.01) -> Iterator[Batch]:
-    """Yield the whole set once in index order, for evaluation: each image as it is, or, where images differ in size,
-    the centre view of `size` pixels.
+    """Yield the whole set once in index order, for evaluation: each image as it is, or, where images do not travel
+    whole (`plan.whole_size`), the centre view of `size` pixels.
 
     A broken image is left out (`index` says which rows there are). Raises UserError past `max_bad`.
     """
@@ -203,8 +204,8 @@ def ordered(table: pa.Table, *, size: int, batch: int = 256, max_bad: float = 0.
 
 
 def centre_shape(table: pa.Table, size: int) -> Shape:
-    """Return how evaluation reads a set: images of one size as they are, others as centre views of `size` pixels."""
-    whole = one_size(table)
+    """Return how evaluation reads a set: images that travel whole as they are, others as centre views."""
+    whole = whole_size(table, size)
     return Shape(whole[::-1]) if whole else Shape((size, size), center=True)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from torchvision import datasets
 
 from isd_ray.data.files import AbsentError, read_bytes
-from isd_ray.data.sources import Sample, png
+from isd_ray.data.samples import Sample
+from isd_ray.data.sources import png
 from isd_ray.errors import UserError, nearest
 
 _BY_TRAIN: dict[str, dict[str, Any]] = {"train": {"train": True}, "test": {"train": False}}

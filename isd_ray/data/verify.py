@@ -14,12 +14,12 @@ import pyarrow.compute as pc
 
 from isd_ray.data import index
 from isd_ray.data.decode import BrokenImage, decode
-from isd_ray.data.files import list_files, open_filesystem
+from isd_ray.data.files import open_filesystem
 from isd_ray.data.parallel import run_tasks
-from isd_ray.data.read import read_bytes
+from isd_ray.data.read import Encoded, encoded
+from isd_ray.errors import printable
 
 COMPARED = ("offset", "size", "label", "width", "height")
-ROWS = 64  # images in memory at a time
 
 
 @dataclass
@@ -44,7 +44,7 @@ def verify_shards(uri: str, *, workers: int | None = None, quiet: bool = True) -
     """
     table = index.read_index(uri)
     folder = index.root(table)
-    names, there = set(table["shard"].unique().to_pylist()), set(list_files(folder, [".tar"]))
+    names, there = set(table["shard"].unique().to_pylist()), set(index.tars(folder))
     missing = [_finding(n, None, "the shard is missing") for n in sorted(names - there)]
     unknown = [_finding(n, None, "the shard is not in the index") for n in sorted(there - names)]
     chosen = sorted(names & there)
@@ -67,7 +67,12 @@ def _images(part: Report) -> int:
 
 
 def _finding(shard: str, key: str | None, reason: str) -> dict[str, Any]:
-    return {"shard": shard, "key": key, "reason": reason}
+    """Say what is wrong; all of it may come from a hostile file, so that it is made fit to print."""
+    return {
+        "shard": printable(shard),
+        "key": None if key is None else printable(key),
+        "reason": printable(reason),
+    }
 
 
 def _repeated(table: pa.Table) -> list[dict[str, Any]]:
@@ -91,23 +96,21 @@ def _verify_one(folder: str, name: str, rows: pa.Table) -> Report:
     report = Report(images=len(rows), bytes=int(np.sum(rows["size"].to_numpy())))
     report.findings = [_finding(name, b["key"], b["reason"]) for b in bad]
     named = {b["key"] for b in bad}
-    report.findings += [f for f in _differences(name, rows, found) if f["key"] not in named]
-    for start in range(0, len(rows), ROWS):
-        part = rows.slice(start, ROWS)
-        data = read_bytes(filesystem, inner, part)
-        for key, width, height, content in zip(
-            *(part[column].to_pylist() for column in ("key", "width", "height")), data, strict=True
-        ):
-            problem = _image_problem(content, width, height)
-            if problem and key not in named:
-                report.findings.append(_finding(name, key, problem))
-            report.decoded += problem is None
+    report.findings += _differences(name, rows, found, named)
+    columns = (rows[column].to_pylist() for column in ("key", "width", "height"))
+    for key, width, height, (content, _) in zip(*columns, encoded(filesystem, inner, rows), strict=True):
+        problem = _image_problem(content, width, height)
+        if problem and key not in named:
+            report.findings.append(_finding(name, key, problem))
+        report.decoded += problem is None
     return report
 
 
-def _differences(name: str, rows: pa.Table, found: pa.Table) -> list[dict[str, Any]]:
-    """What the index says of a shard and its headers do not, and the other way round."""
-    said, real = ({row["key"]: row for row in t.to_pylist()} for t in (rows, found))
+def _differences(name: str, rows: pa.Table, found: pa.Table, named: set[str | None]) -> list[dict[str, Any]]:
+    """What the index says of a shard and its headers do not, and the other way round; not of keys in `named`."""
+    said, real = (
+        {row["key"]: row for row in t.to_pylist() if row["key"] not in named} for t in (rows, found)
+    )
     out = [_finding(name, key, "in the index, not in the shard") for key in said if key not in real]
     out += [_finding(name, key, "in the shard, not in the index") for key in real if key not in said]
     for key in said:
@@ -122,7 +125,7 @@ def _differences(name: str, rows: pa.Table, found: pa.Table) -> list[dict[str, A
     return out
 
 
-def _image_problem(content: bytes | BrokenImage, width: int, height: int) -> str | None:
+def _image_problem(content: Encoded, width: int, height: int) -> str | None:
     if isinstance(content, BrokenImage):
         return str(content)
     try:

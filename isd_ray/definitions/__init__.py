@@ -8,7 +8,7 @@ separated as in PATH), is searched first.
 import os
 from pathlib import Path
 
-from isd_ray.errors import UserError, nearest
+from isd_ray.errors import UserError, nearest, shown
 
 KINDS = {"datasets": "data set", "recipes": "recipe", "tune_spaces": "search space"}
 VARIABLE = "ISD_RAY_DEFINITIONS"
@@ -37,13 +37,14 @@ def find(kind: str, name: str) -> Path:
             return folder / f"{name}.yaml"
     known = names(kind)
     raise UserError(
-        f"unknown {KINDS[kind]} {name!r}.{nearest(name, known)} Known: {', '.join(known)}; {VARIABLE} names a folder "
-        "of your own"
+        f"unknown {KINDS[kind]} {shown(name)}.{nearest(name, known)} Known: {', '.join(known)}; "
+        f"{VARIABLE} names a folder of your own"
     )
 
 
 def file_or_name(kind: str, given: str) -> Path:
     """Return the file that is meant by a path, or by the name of a definition."""
-    path = Path(given).expanduser()
-    is_name = not path.suffix and len(path.parts) == 1 and not path.is_file()
-    return find(kind, given) if is_name else path
+    if not given.strip():
+        raise UserError(f"{KINDS[kind]}: an empty path; give a file or a name (an unset variable?)")
+    is_name = not set(given) & set("./\\~\0") and not os.path.isfile(given)
+    return find(kind, given) if is_name else Path(given)

@@ -7,8 +7,11 @@ from typing import Any, TextIO
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from isd_ray.errors import harmless, printable
 from isd_ray.evaluate.names import parse
+from isd_ray.markup import LONGEST_NAME, as_markdown, in_markdown
 
 WIDTH = 100
 COLUMNS = 8  # metrics of a table that fit into the width
@@ -50,12 +53,12 @@ def print_table(
     for name, header, rows in _grids(result, by):
         table = Table(box=box.SIMPLE_HEAD, title=name, title_justify="left", pad_edge=False)
         for i, column in enumerate(header):
-            table.add_column(column, justify="right" if i else "left")
+            table.add_column(Text(column), justify="right" if i else "left")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(Text(printable(cell)) for cell in row))
         console.print(table)
     for line in _notes(result, by, class_names):
-        console.print(line, markup=False)
+        console.print(printable(line), markup=False)
 
 
 def markdown(result: dict[str, Any], *, class_names: Sequence[str] | None = None, by: str = "knn20") -> str:
@@ -63,9 +66,10 @@ def markdown(result: dict[str, Any], *, class_names: Sequence[str] | None = None
     lines = []
     for _, header, rows in _grids(result, by):
         rule = ["---", *["---:"] * (len(header) - 1)]
-        titles = [_one_line(column) for column in header]
-        lines += ["", *("| " + " | ".join(cells) + " |" for cells in (titles, rule, *rows))]
-    notes = [line for note in _notes(result, by, class_names) for line in ("", note)]
+        texts = [[in_markdown(cell) for cell in cells] for cells in (header, *rows)]
+        table = (texts[0], rule, *texts[1:])
+        lines += ["", *("| " + " | ".join(cells) + " |" for cells in table)]
+    notes = [line for note in _notes(result, by, class_names) for line in ("", as_markdown(note))]
     return "\n".join(lines[1:] + notes) + "\n"
 
 
@@ -99,7 +103,8 @@ def _notes(result: dict[str, Any], by: str, class_names: Sequence[str] | None) -
     protocol, notes = result["protocol"], []
     name, per_class = next((n, m.get(by)) for n, m in result["per_class"].items())
     if per_class and len(per_class) <= MAX_CLASSES:
-        names = class_names or [str(c) for c in range(len(per_class))]
+        known = class_names or [str(c) for c in range(len(per_class))]
+        names = [harmless(name, LONGEST_NAME) for name in known]
         each = ", ".join(f"{c} {_percent(v)}" for c, v in zip(names, per_class, strict=True))
         notes.append(f"{_one_line(title(by))} per class, {name}: {each}")
     sizes = ", ".join(f"{group} {len(members)}" for group, members in protocol["groups"]["classes"].items())

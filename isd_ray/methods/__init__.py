@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from isd_ray.errors import UserError, nearest
+from isd_ray.errors import UserError, nearest, shown
 from isd_ray.methods.barlow_twins import BarlowTwins
 from isd_ray.methods.base import Method, Output
 from isd_ray.methods.byol import BYOL, BYOLAsym
@@ -67,7 +67,7 @@ def find_method(name: str) -> type[Method]:
     """The class of a method; raises UserError with the nearest name for an unknown one."""
     if name not in METHODS:
         hint = nearest(name, METHODS) or f" Known: {', '.join(METHODS)}."
-        raise UserError(f"unknown method '{name}'.{hint}")
+        raise UserError(f"unknown method {shown(name)}.{hint}")
     return METHODS[name]
 
 

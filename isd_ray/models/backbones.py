@@ -1,10 +1,10 @@
 """A study needs the same backbone call for every network: `images [b, 3, S, S] -> pooled features [b, dim]`.
 
 Small CIFAR resnets run on a laptop, torchvision's resnets are what papers report, timm has everything else.
-A backbone has no classifier and carries `dim`, `arch`, `stem_name` and `image_size` as plain attributes.
+A backbone has no classifier; `dim`, `arch`, `stem_kind` and `image_size` are attributes of it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ def build_backbone(name: str, stem: str = "auto", image_size: int = 32) -> nn.Mo
     padding 1, no max-pool; "auto" takes "cifar" up to 64 pixels. The small resnets have a CIFAR stem, or with
     "stride2" one that halves the resolution and costs a quarter. timm has its own.
     image_size: side in pixels; passed on to the timm models that are built for one size. Those that
-    can (ViT, EVA, Swin) take other sizes too, with interpolated positions: see `check_sizes`.
+    can (ViT, EVA, Swin) take other sizes too, with interpolated positions: see `check_size`.
 
     Raises UserError for an unknown name or stem, a stem that the network does not have, or an image size that
     it cannot process.
@@ -167,21 +167,20 @@ def _probe_dim(model: nn.Module, image_size: int) -> int:
     return features.shape[1]
 
 
-def check_sizes(backbone: Any, sides: Iterable[int]) -> None:
-    """Raise UserError where a backbone does not take images of one of these sides [pixels]."""
-    if not backbone.arch.startswith("timm:"):
+def check_size(backbone: Any, side: int) -> None:
+    """Raise UserError where a backbone of `build_backbone` does not take images of `side` pixels."""
+    if not backbone.arch.startswith("timm:") or side == backbone.image_size:
         return  # resnets average over whatever is left
-    for side in sorted({*sides} - {backbone.image_size}):
-        training = backbone.training
-        try:
-            _probe_dim(backbone, side)
-        except SIZE_ERRORS as error:
-            raise UserError(
-                f"backbone '{backbone.arch}' of --data.image_size {backbone.image_size} does not take images of "
-                f"{side} pixels: {_why(error)}"
-            ) from error
-        finally:
-            backbone.train(training)
+    training = backbone.training
+    try:
+        _probe_dim(backbone, side)
+    except SIZE_ERRORS as error:
+        raise UserError(
+            f"backbone '{backbone.arch}' for {backbone.image_size} pixels does not take images of {side}: "
+            f"{_why(error)}"
+        ) from error
+    finally:
+        backbone.train(training)
 
 
 def _why(error: Exception) -> str:
@@ -189,7 +188,8 @@ def _why(error: Exception) -> str:
 
 
 def _describe(model: Any, arch: str, stem: str, image_size: int, dim: int) -> nn.Module:
-    model.arch, model.stem_name, model.image_size, model.dim = arch, stem, image_size, dim
+    model.arch, model.image_size, model.dim = arch, image_size, dim
+    model.stem_kind = stem  # `stem` is a layer of many timm models
     return model
 
 

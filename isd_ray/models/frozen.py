@@ -16,7 +16,7 @@ class Frozen(nn.Module):
     checkpoint. A checkpoint holds a fingerprint of 32 bytes in its place, and loading one that was made with
     another teacher raises UserError.
 
-    network: with the attributes `dim`, `arch` and `stem_name`, as `build_backbone` makes it.
+    network: with the attributes `dim`, `arch` and `stem_kind`, as `build_backbone` makes it.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -54,7 +54,7 @@ class Frozen(nn.Module):
 
 def fingerprint(network: nn.Module) -> Tensor:
     """SHA-256 of the architecture, the names and the bits of all weights, uint8 [32]."""
-    digest = hashlib.sha256(f"{network.arch} {network.stem_name}".encode())
+    digest = hashlib.sha256(f"{network.arch} {network.stem_kind}".encode())
     for name, value in sorted(network.state_dict().items()):
         value = value.detach().cpu().contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

@@ -1,9 +1,9 @@
 """Parts of a report, written once and rendered twice: as HTML for a browser, as Markdown for a paper's appendix."""
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from isd_ray.markup import as_markdown, in_html, in_markdown
 from isd_ray.page import picture
 
 LONG = 40  # characters of a cell past which its lines may break
@@ -12,16 +12,16 @@ BEST = "*"  # a cell that begins with it is the best of its column
 
 @dataclass(frozen=True)
 class Heading:
-    """A title; level 2 or 3."""
+    """A title; level 1, 2 or 3."""
 
     text: str
     level: int = 2
 
     def html(self) -> str:
-        return f"<h{self.level}>{html.escape(self.text)}</h{self.level}>"
+        return f"<h{self.level}>{in_html(self.text)}</h{self.level}>"
 
     def markdown(self) -> str:
-        return f"{'#' * self.level} {_plain(self.text)}"
+        return f"{'#' * self.level} {in_markdown(self.text)}"
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Text:
     text: str
 
     def html(self) -> str:
-        return f"<p>{html.escape(self.text)}</p>"
+        return f"<p>{in_html(' '.join(self.text.split()))}</p>"
 
     def markdown(self) -> str:
-        return _plain(self.text)
+        return as_markdown(self.text)
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Bullets:
     items: Sequence[str]
 
     def html(self) -> str:
-        return "<ul>" + "".join(f"<li>{html.escape(item)}</li>" for item in self.items) + "</ul>"
+        return "<ul>" + "".join(f"<li>{in_html(item)}</li>" for item in self.items) + "</ul>"
 
     def markdown(self) -> str:
-        return "\n".join(f"- {_plain(item)}" for item in self.items)
+        return "\n".join(f"- {as_markdown(item)}" for item in self.items)
 
 
 @dataclass(frozen=True)
@@ -69,23 +69,27 @@ class Table:
             kind = ' class="rule"' if r in self.rules else ""
             cells = "".join(self._cell("td", i, cell) for i, cell in enumerate(row))
             rows.append(f"<tr{kind}>{cells}</tr>")
-        note = f'<p class="note">{html.escape(self.note)}</p>' if self.note else ""
+        note = f'<p class="note">{in_html(self.note)}</p>' if self.note else ""
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-        title, body = f"<h3>{html.escape(self.title)}</h3>", f'<div class="scroll">{table}</div>{note}'
+        title, body = f"<h3>{in_html(self.title)}</h3>", f'<div class="scroll">{table}</div>{note}'
         return f"<details><summary>{title}</summary>{body}</details>" if self.folded else title + body
 
     def _cell(self, tag: str, column: int, text: str) -> str:
         kind = ' class="text"' if column < self.texts else ""
         if kind and len(text) > LONG:
             kind = ' class="text wrap"'
-        inner = f"<b>{html.escape(text[1:])}</b>" if text.startswith(BEST) else html.escape(text)
+        inner = f"<b>{in_html(text[1:])}</b>" if text.startswith(BEST) else in_html(text)
         return f"<{tag}{kind}>{inner}</{tag}>"
 
     def markdown(self) -> str:
         ruler = ["---" if i < self.texts else "---:" for i in range(len(self.header))]
         rows = [[_bold(cell) for cell in row] for row in (self.header, *self.rows)]
         lines = ["| " + " | ".join(row) + " |" for row in (rows[0], ruler, *rows[1:])]
-        parts = [f"**{_plain(self.title)}**", "\n".join(lines), *([_plain(self.note)] if self.note else [])]
+        parts = [
+            f"**{in_markdown(self.title)}**",
+            "\n".join(lines),
+            *([as_markdown(self.note)] if self.note else []),
+        ]
         return "\n\n".join(parts)
 
 
@@ -102,18 +106,12 @@ class Picture:
         return picture(self.title, self.image, self.caption, level=3)
 
     def markdown(self) -> str:
-        return f"**{_plain(self.title)}**\n\n![{_plain(self.title)}]({self.file})\n\n{_plain(self.caption)}"
+        title = in_markdown(self.title)
+        return f"**{title}**\n\n![{title}]({self.file})\n\n{as_markdown(self.caption)}"
 
 
 Block = Heading | Text | Bullets | Table | Picture
 
 
 def _bold(cell: str) -> str:
-    return f"**{_plain(cell[1:])}**" if cell.startswith(BEST) else _plain(cell)
-
-
-def _plain(text: str) -> str:
-    """Markdown must not read signs of its own into a name."""
-    for sign in "\\|*_<`[]":
-        text = text.replace(sign, f"\\{sign}")
-    return text
+    return f"**{in_markdown(cell[1:])}**" if cell.startswith(BEST) else in_markdown(cell)

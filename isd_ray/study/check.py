@@ -1,15 +1,16 @@
 """All that is wrong with a study, also with its data, said at once and before anything runs."""
 
-import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from isd_ray.config import Config, flatten, merge, option_names, resolve
 from isd_ray.data.imbalance import SCHEMES
-from isd_ray.errors import UserError, nearest
+from isd_ray.errors import LONGEST, UserError, harmless, nearest, shown
 from isd_ray.evaluate.names import EXAMPLES, name_faults
 from isd_ray.evaluate.names import parse as parse_name
+from isd_ray.names import name_fault
 from isd_ray.room import share_fault
 from isd_ray.study.faults import Faults, parse
 from isd_ray.study.spec import (
@@ -25,6 +26,7 @@ from isd_ray.study.spec import (
 )
 from isd_ray.study.subsets import Facts, look_at
 from isd_ray.train.cost import cost
+from isd_ray.train.learnable import check_learnable
 
 OWN = {  # options that the study itself sets, and where the file says it
     "name": "--name", "output": "--output", "train.seed": "seeds", "data.dataset": "data", "data.scheme": "imbalances",
@@ -33,7 +35,7 @@ OWN = {  # options that the study itself sets, and where the file says it
     "train.gpus_per_worker": "resources.gpus", "method.name": "methods", "evaluate.enabled": "metrics",
 }  # fmt: skip
 NETWORKS = ("student", "teacher")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+MOST_CELLS = 10_000
 UNCONTROLLED = ("natural", "none", "list", "balanced")  # schemes without a balanced set of the same size
 PASSES = ("student_forward", "teacher_forward", "backward")
 
@@ -115,9 +117,13 @@ def check(content: Mapping[str, Any], given: Mapping[str, Any] | None = None) ->
     """
     faults, given = Faults(), merge(given or {})
     study = parse(content, faults)
-    for text in [*_name_faults(study), *_option_faults(study, given), *_metric_faults(study)]:
-        faults.add(text)
-    for text in _imbalance_faults(study):
+    if fault := _size_fault(study):
+        faults.add(fault)
+        faults.raise_if_any()
+    for of in (_name_faults, _metric_faults, _imbalance_faults):
+        for text in of(study):
+            faults.add(text)
+    for text in _option_faults(study, given):
         faults.add(text)
     if share := share_fault(study.resources.gpus):
         faults.add(share)
@@ -133,19 +139,43 @@ def _unbalanced(subset: Subset) -> Subset:
     return Subset(Setting(setting.data, setting.imbalance), subset.split)
 
 
+def _size_fault(study: Study) -> str | None:
+    """Say that there are too many cells even to look at."""
+    runs = len(study.methods) * len(study.seeds)
+    splits = [1 if i.splits == "seeds" else len(i.splits) for i in study.imbalances.values()]
+    found = 2 * runs * len(study.data) * sum(splits)
+    return f"up to {found:,} cells; at most {MOST_CELLS:,} are taken" if found > MOST_CELLS else None
+
+
 def _name_faults(study: Study) -> Iterator[str]:
+    splits = {f"imbalances.{name}: splits": i.splits for name, i in study.imbalances.items()}
     for part in ("methods", "data", "imbalances"):
         names = getattr(study, part)
         if not names:
             yield f"{part}: nothing stands there; name at least one"
-        for name in names:
-            if not NAME.fullmatch(name):
-                yield f"{part}: '{name}' becomes part of a folder's name: letters, digits, _ . + and - will do"
-    folders = [cell.name for cell in cells(study)]
-    for name in sorted({name for name in folders if folders.count(name) > 1}):
-        yield f"two cells would be called '{name}': give seeds and splits once, and names that differ"
+        yield from _part_faults(part, names)
+    for place, named in splits.items():
+        if named != "seeds":
+            yield from _part_faults(place, [split for split in named if isinstance(split, str)])
+    folders = Counter(cell.name for cell in cells(study))
+    for name, cases in folders.items():
+        if cases > 1:
+            remedy = "give seeds and splits once, and names that differ"
+            yield f"two cells would be called {shown(name)}: {remedy}"
+        elif fault := name_fault(name) if len(name) > LONGEST else None:
+            yield f"cell {shown(name)}: {fault}; choose shorter names"
     if study.baseline not in study.methods:
-        yield f"baseline: there is no method '{study.baseline}'.{nearest(study.baseline, study.methods)}"
+        hint = nearest(study.baseline, study.methods)
+        yield f"baseline: there is no method {shown(study.baseline)}.{hint}"
+
+
+def _part_faults(place: str, names: Iterable[str]) -> Iterator[str]:
+    """Say which of these cannot be parts of the names of folders, and of lines in a plot."""
+    for name in names:
+        if fault := name_fault(name):
+            yield f"{harmless(place)}: {shown(name)}: {fault}"
+        elif not name[0].isalnum():
+            yield f"{place}: {shown(name)}: a letter or digit begins it"
 
 
 def _option_faults(study: Study, given: Mapping[str, Any]) -> Iterator[str]:
@@ -155,11 +185,11 @@ def _option_faults(study: Study, given: Mapping[str, Any]) -> Iterator[str]:
     places |= {f"data.{name}": options for name, options in study.data.items()}
     places |= {f"methods.{name}": options for name, options in study.methods.items()}
     common = flatten(merge(given))
-    for place, options in places.items():
-        part = place.split(".")[0]
-        for name in flatten(merge(options)):
+    for whole, options in places.items():
+        part, place = whole.split(".")[0], harmless(whole)
+        for name in _names_of(place, options):
             if name not in names:
-                yield f"{place}: unknown option '{name}'.{nearest(name, names)}"
+                yield f"{place}: unknown option {shown(name)}.{nearest(name, names)}"
             elif name in OWN and (part, name) not in (("data", "data.dataset"), ("methods", "method.name")):
                 yield f"{place}: {name}: the study sets it; use {OWN[name]}"
             elif part == "methods" and name.startswith(("data.", "evaluate.")):
@@ -170,30 +200,41 @@ def _option_faults(study: Study, given: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{place}: {name}: fairness: passes sets it from the method's cost; leave it out"
 
 
+def _names_of(place: str, options: Mapping[str, Any]) -> list[str]:
+    """Return the options of a part by name; raises UserError where it cannot be read at all."""
+    try:
+        return list(flatten(merge(options)))
+    except UserError as error:
+        raise UserError(f"study: {place}: {error}") from None
+
+
 def _metric_faults(study: Study) -> Iterator[str]:
     known = [f"{network}.{metric}" for network in NETWORKS for metric in EXAMPLES]
     for metric in study.metrics:
         network, _, name = metric.partition(".")
         if network not in NETWORKS:
             hint = nearest(metric, known)
-            yield f"metrics: '{metric}' is not network.metric with network one of {', '.join(NETWORKS)}.{hint}"
+            wanted = f"network.metric with network one of {', '.join(NETWORKS)}"
+            yield f"metrics: {shown(metric)} is not {wanted}.{hint}"
             continue
         try:
             parse_name(name)
         except UserError as error:
-            yield f"metrics: {metric}: {error}"
+            yield f"metrics: {harmless(metric)}: {error}"
         if study.metrics.count(metric) > 1:
-            yield f"metrics: '{metric}' stands there twice"
+            yield f"metrics: {shown(metric)} stands there twice"
 
 
 def _imbalance_faults(study: Study) -> Iterator[str]:
     for name, imbalance in study.imbalances.items():
+        place = f"imbalances.{harmless(name)}"
         if imbalance.scheme not in (*SCHEMES, "none"):
-            yield f"imbalances.{name}: unknown scheme '{imbalance.scheme}'.{nearest(imbalance.scheme, SCHEMES)}"
+            hint = nearest(imbalance.scheme, SCHEMES)
+            yield f"{place}: unknown scheme {shown(imbalance.scheme)}.{hint}"
         elif imbalance.control and imbalance.scheme in UNCONTROLLED:
-            yield f"imbalances.{name}: control: '{imbalance.scheme}' has no balanced control; leave it out"
+            yield f"{place}: control: '{imbalance.scheme}' has no balanced control; leave it out"
         if not imbalance.splits:
-            yield f"imbalances.{name}: splits: none is left; leave it out for one"
+            yield f"{place}: splits: none is left; leave it out for one"
 
 
 def _configs(study: Study, given: dict[str, Any], faults: Faults) -> dict[Cell, Config]:
@@ -204,18 +245,19 @@ def _configs(study: Study, given: dict[str, Any], faults: Faults) -> dict[Cell, 
             continue
         seen.add((cell.subset, cell.method))
         try:
-            configs[cell] = resolve(cell_options(study, cell, given))
+            config = resolve(cell_options(study, cell, given))
+            check_learnable(config)
+            configs[cell] = config
         except UserError as error:
-            place = f"methods.{cell.method}"
+            place = f"methods.{harmless(cell.method)}"
             if not any(f"{place}: " in text for text in faults.lines()):  # else it is named already
                 faults.add(str(error), place)
     for config in configs.values():
         for metric in study.metrics:
             name = metric.partition(".")[2]
             if not name_faults([name]) and name not in config.evaluate.chosen:
-                faults.add(
-                    f"metrics: '{metric}' is none of evaluate.protocols ({', '.join(config.evaluate.chosen)})"
-                )
+                chosen = ", ".join(config.evaluate.chosen)
+                faults.add(f"metrics: '{metric}' is none of evaluate.protocols ({chosen})")
     return configs
 
 

@@ -6,10 +6,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from isd_ray.errors import UserError
-from isd_ray.sections import faults_of
 from isd_ray.study.spec import Study
+from isd_ray.values import faults_of
 
 SHOWN = 3  # places named of a fault that many share
+MOST = 20  # faults named
 
 
 class Faults:
@@ -34,7 +35,9 @@ class Faults:
         if len(lines) == 1:
             raise UserError(f"study: {lines[0]}")
         if lines:
-            raise UserError(f"the study has {len(lines)} faults:\n" + "\n".join(f"  - {x}" for x in lines))
+            more = [f"... and {len(lines) - MOST} more"] if len(lines) > MOST else []
+            named = "\n".join(f"  - {line}" for line in [*lines[:MOST], *more])
+            raise UserError(f"the study has {len(lines)} faults:\n{named}")
 
 
 def _of(places: list[str]) -> str:

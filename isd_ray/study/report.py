@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from matplotlib.figure import Figure
 
+from isd_ray.markup import in_figure
 from isd_ray.page import page, png
 from isd_ray.study import conditions, plots, sheets, tables
 from isd_ray.study.blocks import Block, Bullets, Heading, Picture, Table, Text
@@ -24,14 +25,13 @@ FOLDER = "report"
 
 def write(outcome: Outcome, folder: RunFolder, name: str) -> None:
     """Write report/index.html, report/report.md and the figures as report/*.png into the study's folder."""
-    blocks = list(content(outcome, folder))
-    title = f"<h1>{name}</h1>"  # a name is letters, digits and signs that HTML knows
+    blocks = [Heading(name, 1), *content(outcome, folder)]
     for block in blocks:
         if isinstance(block, Picture):
             folder.write(f"{FOLDER}/{block.file}", block.image)
-    text = "\n\n".join([f"# {name}", *(block.markdown() for block in blocks)]) + "\n"
+    text = "\n\n".join(block.markdown() for block in blocks) + "\n"
     folder.write(f"{FOLDER}/report.md", text.encode())
-    folder.write(f"{FOLDER}/index.html", page(name, [title, *(block.html() for block in blocks)], STYLE))
+    folder.write(f"{FOLDER}/index.html", page(name, (block.html() for block in blocks), STYLE))
 
 
 def content(outcome: Outcome, folder: RunFolder) -> Iterator[Block]:
@@ -120,7 +120,8 @@ def _sheets(outcome: Outcome, setting: Setting, folder: RunFolder) -> Iterator[B
                 subset = cell.subset
     if not drawn:
         return
-    name, names, counts = setting.name, outcome.plan.facts[subset].names, outcome.plan.frequencies(subset)
+    name, counts = setting.name, outcome.plan.frequencies(subset)
+    names = list(map(in_figure, outcome.plan.facts[subset].names))
     of = f"First seed{f', split {subset.split}' if outcome.units(setting) == 'split' else ''}."
     wanted = outcome.plan.study.pictures
     yield _figure(

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from isd_ray import session
-from isd_ray.config import Config, flatten, merge
+from isd_ray.config import flatten, merge, validate
 from isd_ray.ending import GOES_ON, first_line
 from isd_ray.errors import MachineError, UserError
 from isd_ray.messages import say
@@ -32,9 +32,9 @@ def compare(
     content: of the study's file. given: options of every run by dotted name, which win over the file's. report_only:
     run nothing, report what is there. Raises UserError, which lists all faults, before anything runs.
     """
+    folder = RunFolder(run_uri(validate({"name": name, "output": output})))
     session.start_ray((given or {}).get("address"), _local_cpus(content, given or {}))
     plan = check(content, given)
-    folder = RunFolder(run_uri(Config(name=name, output=output)))
     try:
         outcome = _compared(plan, folder, name, report_only)
     except OSError as error:

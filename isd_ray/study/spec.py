@@ -16,13 +16,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from isd_ray.evaluate.names import DEFAULT, name_faults
-from isd_ray.layers import merge
-from isd_ray.sections import Section
+from isd_ray.layers import flatten, merge
+from isd_ray.sections import IMAGES, PROCESSES, SEED, THREADS, Section
 
 SPLIT = "{split}"  # in an option's text: the name of the split
 
@@ -30,8 +30,8 @@ SPLIT = "{split}"  # in an option's text: the name of the split
 class Thresholds(Section):
     """many: more than `many` pretraining images; few: fewer than `few`; medium between."""
 
-    many: int = Field(100, ge=1)
-    few: int = Field(20, ge=1)
+    many: int = Field(100, ge=1, le=IMAGES)
+    few: int = Field(20, ge=1, le=IMAGES)
 
 
 class Imbalance(Section):
@@ -57,23 +57,41 @@ class Imbalance(Section):
 class Resources(Section):
     """What a cell takes. With train.workers > 0 they are those of each worker."""
 
-    cpus: int = Field(1, ge=1, description="CPUs, and torch threads")
+    cpus: int = Field(1, ge=1, le=THREADS, description="CPUs, and torch threads")
     gpus: float | None = Field(
-        None, ge=0, description="GPUs, also a fraction; none: 1 where the cluster has any"
+        None,
+        ge=0,
+        le=THREADS,
+        description="GPUs, also a fraction; none: 1 where the cluster has any",
     )
-    concurrent: int | None = Field(None, ge=1, description="Cells at once; none: as many as fit")
-    retries: int = Field(0, ge=0, description="New starts, from its checkpoint, of a cell whose process died")
+    concurrent: int | None = Field(
+        None,
+        ge=1,
+        le=PROCESSES,
+        description="Cells at once; none: as many as fit",
+    )
+    retries: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="New starts, from its checkpoint, of a cell whose process died",
+    )
 
 
 class Pictures(Section):
     """What is shown of the first seed and split of every method: neighbours, a map, the teacher's anchors."""
 
     enabled: bool = True
-    queries: int = Field(5, ge=1, description="Test images, of the rarest classes")
-    neighbours: int = Field(8, ge=1, description="Nearest labelled images of each")
-    anchors: int = Field(8, ge=1, description="The teacher's likeliest anchors of each")
-    bank: int = Field(5000, ge=1, description="Labelled images that neighbours are looked for in")
-    sample: int = Field(1000, ge=5, description="Test images on the map")
+    queries: int = Field(5, ge=1, le=100, description="Test images, of the rarest classes")
+    neighbours: int = Field(8, ge=1, le=100, description="Nearest labelled images of each")
+    anchors: int = Field(8, ge=1, le=100, description="The teacher's likeliest anchors of each")
+    bank: int = Field(
+        5000,
+        ge=1,
+        le=10**6,
+        description="Labelled images that neighbours are looked for in",
+    )
+    sample: int = Field(1000, ge=5, le=10**5, description="Test images on the map")
     map: Literal["tsne", "pca"] = "tsne"
 
 
@@ -87,7 +105,9 @@ class Study(Section):
     )
     data: dict[str, dict[str, Any]] = Field(description="A name and its options; {} for the set of that name")
     imbalances: dict[str, Imbalance]
-    seeds: list[int] = Field([0], min_length=1, description="Of weights, order and views")
+    seeds: list[Annotated[int, Field(ge=0, le=SEED)]] = Field(
+        [0], min_length=1, description="Of weights, order and views"
+    )
     baseline: str = Field(description="The method that the others are tested against")
     metrics: list[str] = Field(["student.knn20"], min_length=1, description="network.metric; the first leads")
     fairness: Literal["epochs", "passes"] = Field(
@@ -202,4 +222,4 @@ def method_options(study: Study, method: str) -> dict[str, Any]:
 
 
 def _names_itself(study: Study, setting: Setting) -> bool:
-    return "dataset" not in merge(study.data[setting.data]).get("data", {})
+    return "data.dataset" not in flatten(merge(study.data[setting.data]))

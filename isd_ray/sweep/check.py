@@ -4,13 +4,24 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from isd_ray.config import Config, flatten, merge, option_names, resolve, validate
-from isd_ray.errors import UserError, nearest
+from isd_ray.errors import UserError, listed, nearest, shown
 from isd_ray.evaluate.protocols import KNN
 from isd_ray.room import share_fault
 from isd_ray.sweep.constraints import Constraint, parse_constraint
-from isd_ray.sweep.space import STATM, Dimension, Space, parse_dimension
+from isd_ray.sweep.space import (
+    MOST_FAULTS,
+    STATM,
+    Budget,
+    Dimension,
+    Space,
+    parse_dimension,
+)
+from isd_ray.train.learnable import check_learnable
 from isd_ray.train.trainer import FREE, FREE_SECTIONS
+from isd_ray.values import faults_of
 
 IMAGES = "data.size"  # in constraints: images of the pretraining set, those held out not counted
 OWN = {  # options that the sweep itself sets, and where the file says it
@@ -66,20 +77,22 @@ def check(space: Space, given: Mapping[str, Any] | None = None) -> Plan:
     if not faults:
         faults += _config_faults(space, base, dimensions)
     if faults:
-        raise UserError("; ".join(faults))
+        raise UserError(listed(faults, MOST_FAULTS))
     plan = Plan(space, base, tuple(dimensions), tuple(constraints), _default(space, base, dimensions))
-    faults += [f for values in (plan.default, *space.start) for f in _setting_faults(plan, values)]
+    faults += _setting_faults(plan, plan.default, "the default")
+    for number, values in enumerate(space.start, 1):
+        faults += _setting_faults(plan, values, f"start, setting {number}")
     if faults:
-        raise UserError("; ".join(faults))
+        raise UserError(listed(faults, MOST_FAULTS))
     return plan
 
 
 def _checked_base(
     space: Space, given: Mapping[str, Any] | None, names: list[str], faults: list[str]
 ) -> dict[str, Any]:
-    for name in flatten(merge(space.config, given or {})):
+    for name in (*flatten(merge(space.config)), *flatten(merge(given or {}))):
         if name not in names:
-            faults.append(f"config: unknown option '{name}'.{nearest(name, names)}")
+            faults.append(f"config: unknown option {shown(name)}.{nearest(name, names)}")
         elif name in OWN:
             faults.append(f"config: {name}: the sweep sets it; use {OWN[name]}")
     return space.base(given)
@@ -88,7 +101,7 @@ def _checked_base(
 def _dimension(name: str, text: Any, names: list[str], faults: list[str]) -> Dimension | None:
     """Read one dimension and hold its bounds against the option's own range."""
     if name not in names:
-        faults.append(f"space: unknown option '{name}'.{nearest(name, names)}")
+        faults.append(f"space: unknown option {shown(name)}.{nearest(name, names)}")
         return None
     if name in OWN:
         faults.append(f"space: {name}: the sweep sets it; use {OWN[name]}")
@@ -131,10 +144,11 @@ def _ordered(dimensions: list[Dimension], names: list[str], faults: list[str]) -
     for d in dimensions:
         for name, wanted in d.when.items():
             if name not in names:
-                faults.append(f"space: {d.name}: when: unknown option '{name}'.{nearest(name, names)}")
+                hint = nearest(name, names)
+                faults.append(f"space: {d.name}: when: unknown option {shown(name)}.{hint}")
             elif name in varied:
                 never = [v for v in wanted if not varied[name].holds(v)]
-                faults += [f"space: {d.name}: when: {name} is never {v!r}" for v in never]
+                faults += [f"space: {d.name}: when: {name} is never {shown(v)}" for v in never]
     ordered: list[Dimension] = []
     waiting = list(dimensions)
     while waiting:
@@ -156,7 +170,8 @@ def _constraint(text: str, names: list[str], faults: list[str]) -> Constraint | 
         return None
     known = [*names, IMAGES]
     wrong = [name for name in constraint.names if name not in known]
-    faults += [f"constraint '{text}': unknown option '{name}'.{nearest(name, known)}" for name in wrong]
+    place = f"constraint {shown(text)}"
+    faults += [f"{place}: unknown option {shown(name)}.{nearest(name, known)}" for name in wrong]
     return None if wrong else constraint
 
 
@@ -165,9 +180,10 @@ def _goal_faults(space: Space) -> Iterator[str]:
     known = [*plain, *(f"{name}.{group}" for name in plain for group in GROUPS)]
     for goal in space.goals:
         if goal not in known:
-            yield f"goals: unknown goal '{goal}'.{nearest(goal, known)} It is network.metric or network.metric.group"
+            hint = f"{nearest(goal, known)} It is network.metric or network.metric.group"
+            yield f"goals: unknown goal {shown(goal)}.{hint}"
     if len(set(space.goals)) < len(space.goals):
-        yield f"goals: '{space.goals[0]}' stands there twice"
+        yield f"goals: {shown(space.goals[0])} stands there twice"
     if len(space.goals) == 2 and space.scheduler.name != "none":
         yield f"scheduler: {space.scheduler.name} judges by one goal; with two, set scheduler.name: none"
     if len(space.goals) == 1 and space.sampler.name == "nsga2":
@@ -176,6 +192,10 @@ def _goal_faults(space: Space) -> Iterator[str]:
 
 def _budget_faults(space: Space) -> Iterator[str]:
     epochs, every, scheduler = space.budget.epochs, space.validation.every, space.scheduler
+    try:
+        Budget(**space.budget.model_dump())  # --trials has been set since the file was read
+    except ValidationError as error:
+        yield from (f"budget.{fault}" for fault in faults_of(Budget, error))
     if every > epochs:
         yield f"validation.every {every}: a trial has {epochs} epochs"
     if scheduler.name == "none":
@@ -197,10 +217,11 @@ def _memory_faults(space: Space, base: dict[str, Any]) -> Iterator[str]:
 
 
 def _config_faults(space: Space, base: dict[str, Any], dimensions: list[Dimension]) -> list[str]:
-    """Resolve the corners of the space: an option that the method does not have is said by name."""
+    """Resolve the corners of the space: what a method does not have, or cannot learn from, is named."""
     faults = []
     try:
         config = space.config_of(base, {})
+        check_learnable(config)
     except UserError as error:
         return [f"config: {error}"]
     methods = next((d.choices for d in dimensions if d.name == "method.name"), (config.method.name,))
@@ -209,10 +230,11 @@ def _config_faults(space: Space, base: dict[str, Any], dimensions: list[Dimensio
         for d in dimensions:
             if d.name == "method.name" or method not in d.when.get("method.name", (method,)):
                 continue
-            try:
-                resolve(fixed, {d.name: next(_probes(d))})
-            except UserError as error:
-                faults.append(f"space: {error}")
+            for value in d.choices or [d.low]:
+                try:
+                    check_learnable(resolve(fixed, {d.name: value}))
+                except UserError as error:
+                    faults.append(f"space: {error}")
     return list(dict.fromkeys(faults))
 
 
@@ -226,16 +248,16 @@ def _default(space: Space, base: dict[str, Any], dimensions: list[Dimension]) ->
     return values
 
 
-def _setting_faults(plan: Plan, values: Mapping[str, Any]) -> Iterator[str]:
+def _setting_faults(plan: Plan, values: Mapping[str, Any], title: str) -> Iterator[str]:
     """Say why a known setting is no point of the space."""
-    title = "the default" if values == plan.default else f"start: {dict(values)}"
     by_name = {d.name: d for d in plan.dimensions}
     active = [d.name for d in plan.active({**plan.default, **values})]
     for name, value in values.items():
         if name not in by_name:
-            yield f"{title}: {name} is not varied.{nearest(name, by_name)}"
+            yield f"{title}: {shown(name)} is not varied.{nearest(name, by_name)}"
         elif not by_name[name].holds(value):
-            yield f"{title}: {name} {value!r} lies outside of its range; widen it, so that every trial can be compared"
+            remedy = "widen it, so that every trial can be compared"
+            yield f"{title}: {name} {shown(value)} lies outside of its range; {remedy}"
     missing = [name for name in active if name not in values]
     if missing:
         yield f"{title}: {', '.join(missing)} has no value"
@@ -248,7 +270,7 @@ def _breaks(plan: Plan, values: Mapping[str, Any]) -> str | None:
         text = plan.broken(values, None)
     except UserError as error:
         return str(error)
-    return f"it breaks the constraint '{text}'" if text else None
+    return f"it breaks the constraint {shown(text)}" if text else None
 
 
 def resolved(plan: Plan, values: Mapping[str, Any]) -> Config:

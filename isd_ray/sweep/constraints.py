@@ -2,11 +2,12 @@
 
 import ast
 import operator
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from isd_ray.errors import UserError
+from isd_ray.errors import UserError, shown
 
 COMPARISONS: dict[type, Callable[[Any, Any], bool]] = {
     ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
@@ -38,19 +39,23 @@ class Constraint:
             pairs = zip(self.tree.ops, sides[:-1], sides[1:], strict=True)
             return all(COMPARISONS[type(op)](left, right) for op, left, right in pairs)
         except (TypeError, ArithmeticError) as error:
-            raise UserError(f"constraint '{self.text}': {error}") from None
+            raise UserError(f"constraint {shown(self.text)}: {error}") from None
 
 
 def parse_constraint(text: str) -> Constraint:
     """Read one; raises UserError for anything but comparisons of sums and products of options and numbers."""
     if len(text) > LONGEST:
-        raise UserError(f"constraint '{text[:40]}...': {len(text):,} characters; {LONGEST:,} are enough")
+        raise UserError(f"constraint {shown(text)}: {len(text):,} characters, {LONGEST} are enough")
     try:
-        tree = ast.parse(text, mode="eval").body
-    except (SyntaxError, ValueError):
-        raise UserError(f"constraint '{text}': not an expression like queue.size <= data.size / 4") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Python, about texts with a backslash
+            tree = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two: of nesting
+        raise UserError(
+            f"constraint {shown(text)}: not an expression like queue.size <= data.size / 4"
+        ) from None
     if not isinstance(tree, ast.Compare) or any(type(op) not in COMPARISONS for op in tree.ops):
-        raise UserError(f"constraint '{text}': no comparison with <, <=, >, >=, == or !=")
+        raise UserError(f"constraint {shown(text)}: no comparison with <, <=, >, >=, == or !=")
     names: list[str] = []
     for side in (tree.left, *tree.comparators):
         _collect(side, text, names)
@@ -66,7 +71,8 @@ def _collect(node: ast.expr, text: str, names: list[str]) -> None:
         names.append(_dotted(node, text))
     elif not (isinstance(node, ast.Constant) and isinstance(node.value, int | float | str)):
         raise UserError(
-            f"constraint '{text}': '{ast.unparse(node)}' is neither an option, a number nor + - * / of them"
+            f"constraint {shown(text)}: {shown(ast.unparse(node))} is neither an option, a number "
+            "nor + - * / of them"
         )
 
 
@@ -75,7 +81,7 @@ def _dotted(node: ast.expr, text: str) -> str:
         return node.id
     if isinstance(node, ast.Attribute):
         return f"{_dotted(node.value, text)}.{node.attr}"
-    raise UserError(f"constraint '{text}': '{ast.unparse(node)}' is no name of an option")
+    raise UserError(f"constraint {shown(text)}: {shown(ast.unparse(node))} is no name of an option")
 
 
 def _value(node: ast.expr, values: Mapping[str, Any]) -> Any:
@@ -84,8 +90,7 @@ def _value(node: ast.expr, values: Mapping[str, Any]) -> Any:
     if isinstance(node, ast.BinOp):
         sides = _value(node.left, values), _value(node.right, values)
         if not all(isinstance(side, int | float) for side in sides):
-            raise TypeError(
-                "only numbers can be added or multiplied"
-            )  # a text times a number is a longer text
+            # A text times a number would be a longer text.
+            raise TypeError("only numbers can be added or multiplied")
         return ARITHMETIC[type(node.op)](*sides)
     return values[_dotted(node, "")]

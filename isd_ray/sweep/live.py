@@ -8,7 +8,9 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
+from isd_ray.errors import printable
 from isd_ray.sweep.search import Job
 from isd_ray.sweep.space import Space
 
@@ -44,7 +46,7 @@ class Board:
         if self.live:
             self.live.update(self.table())
         elif event != "row":
-            print(self.line(event, job, row), file=self.out, flush=True)
+            print(printable(self.line(event, job, row)), file=self.out, flush=True)
 
     def line(self, event: str, job: Job, row: Mapping[str, Any]) -> str:
         """Return an event as a line of a log."""
@@ -72,8 +74,9 @@ class Board:
             table.add_column(column, justify="left" if column in ("", "state") else "right", overflow="fold")
         for job, row in self.ordered():
             goals = row["goals"] or [None] * len(self.space.goals)
-            cells = [short(job.values.get(name)) for name in varied]
-            table.add_row(title(job), *cells, str(row["epoch"]), *map(short, goals), row["state"][:60])
+            values = [short(job.values.get(name)) for name in varied]
+            cells = [title(job), *values, str(row["epoch"]), *map(short, goals), row["state"][:60]]
+            table.add_row(*(Text(printable(cell)) for cell in cells))
         return table
 
     def ordered(self) -> list[tuple[Job, dict[str, Any]]]:

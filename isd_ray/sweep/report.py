@@ -1,10 +1,10 @@
 """One page that says what a sweep found; it holds its pictures and needs no network."""
 
-import html
 from collections.abc import Iterator
 
 from matplotlib.figure import Figure
 
+from isd_ray.markup import in_html
 from isd_ray.page import page, picture, png
 from isd_ray.sweep import plots
 from isd_ray.sweep.check import Plan
@@ -26,14 +26,15 @@ def write(plan: Plan, folder: RunFolder, name: str, outcome: Outcome) -> None:
 
 def _head(plan: Plan, folder: RunFolder, name: str, outcome: Outcome) -> Iterator[str]:
     goals, winner, default = plan.space.goals, outcome.winner, outcome.default
-    yield f"<h1>{html.escape(name)}</h1><p>{html.escape(plan.space.description)}</p>"
+    description = " ".join(plan.space.description.split())
+    yield f"<h1>{in_html(name)}</h1><p>{in_html(description)}</p>"
     yield f"<p><b>Best: trial {winner.number}</b>, {describe(winner, goals)}.<br>"
     against = (
         "it is the best" if winner is default else describe(default, goals) if default.runs else "failed"
     )
     yield f"Default (trial 0): {against}.</p>"
     yield f"<p>{_verdict(outcome)}</p>"
-    command = html.escape(f"python jobs/pretrain.py --config {folder.place('best.yaml')}")
+    command = in_html(f"python jobs/pretrain.py --config {folder.place('best.yaml')}")
     yield f"<p>Run it on all training images: <code>{command}</code></p>"
     if outcome.front:
         yield f"<p>Pareto front: {', '.join(f'trial {t.number}' for t in outcome.front)}.</p>"
@@ -67,7 +68,7 @@ def _table(plan: Plan, outcome: Outcome) -> str:
     rows = [
         _row(plan, outcome, t) for t in sorted(outcome.trials, key=lambda t: -(plots.last_value(t) or -1.0))
     ]
-    cells = "".join(f"<th>{html.escape(h)}</th>" for h in head)
+    cells = "".join(f"<th>{in_html(h)}</th>" for h in head)
     return f'<div class="scroll"><table><tr>{cells}</tr>{"".join(rows)}</table></div>'
 
 
@@ -78,7 +79,7 @@ def _row(plan: Plan, outcome: Outcome, trial: Trial) -> str:
     values = [short(trial.values.get(d.name)) for d in plan.dimensions]
     cells = [name, trial.state, str(reached), str(len(trial.runs)), *goals, *values, trial.reason or ""]
     kind = "winner" if trial is outcome.winner else trial.state
-    return f'<tr class="{kind}">' + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>"
+    return f'<tr class="{kind}">' + "".join(f"<td>{in_html(c)}</td>" for c in cells) + "</tr>"
 
 
 def _goal(trial: Trial, goal: int) -> str:

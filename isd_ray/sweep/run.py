@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from isd_ray import session
-from isd_ray.config import Config, flatten, merge
+from isd_ray.config import flatten, merge, validate
 from isd_ray.ending import GOES_ON
 from isd_ray.errors import MachineError, UserError
 from isd_ray.messages import say
@@ -33,8 +33,8 @@ def sweep(
     given: options of every run by dotted name, which win over the file's. Raises UserError for what cannot work,
     before anything starts.
     """
+    folder = RunFolder(run_uri(validate({"name": name, "output": output})))
     plan = check(space, given)
-    folder = RunFolder(run_uri(Config(name=name, output=output)))
     try:
         outcome = _searched(plan, folder, name)
     except OSError as error:  # from a task of Ray's, a whole traceback that ends with it

@@ -27,12 +27,16 @@ from optuna.distributions import (
 )
 from pydantic import Field, ValidationError
 
-from isd_ray.config import Config, merge, read_yaml, resolve
-from isd_ray.errors import UserError, nearest
-from isd_ray.sections import Section, faults_of
+from isd_ray.config import Config, merge, resolve
+from isd_ray.definitions import file_or_name
+from isd_ray.errors import UserError, harmless, listed, nearest, shown
+from isd_ray.sections import EPOCHS, IMAGES, PROCESSES, SEED, THREADS, Section
+from isd_ray.values import LARGEST, faults_of
+from isd_ray.yaml_files import read_mapping
 
 RANGES = ("uniform", "loguniform", "loguniform_below_one", "int", "logint")
-LARGEST, MOST_STEPS = 2**53, 10**6  # beyond the first, floats skip whole numbers
+MOST_FAULTS = 20  # that are named at once
+MOST_STEPS, TRIALS = 10**6, 100_000
 KINDS = (*RANGES, "choice")
 
 STATM = Path("/proc/self/statm")  # what a process takes of main memory; Linux has it
@@ -41,8 +45,13 @@ STATM = Path("/proc/self/statm")  # what a process takes of main memory; Linux h
 class Budget(Section):
     """How much is tried."""
 
-    trials: int = Field(12, ge=1, description="Settings that are tried, the default among them")
-    epochs: int = Field(16, ge=1, description="Epochs of a whole trial")
+    trials: int = Field(
+        12,
+        ge=1,
+        le=TRIALS,
+        description="Settings that are tried, the default among them",
+    )
+    epochs: int = Field(16, ge=1, le=EPOCHS, description="Epochs of a whole trial")
     seeds: int = Field(
         1, ge=1, le=1000, description="Runs of a trial that is not stopped, with seeds 0, 1, ..."
     )
@@ -51,48 +60,74 @@ class Budget(Section):
 class Validation(Section):
     """What trials are judged on: held-out training images, never the test set."""
 
-    per_class: int = Field(50, ge=1, description="Images of a class that are held out, at most half of them")
-    every: int = Field(4, ge=1, description="Epochs between two evaluations")
+    per_class: int = Field(
+        50,
+        ge=1,
+        le=IMAGES,
+        description="Images of a class that are held out, at most half of them",
+    )
+    every: int = Field(4, ge=1, le=EPOCHS, description="Epochs between two evaluations")
 
 
 class Scheduler(Section):
     """Which trials are stopped early, judged by the first goal at evaluated epochs."""
 
     name: Literal["asha", "median", "none"] = "asha"
-    grace: int = Field(4, ge=1, description="No trial is stopped before this epoch")
-    factor: int = Field(3, ge=2, description="asha: of so many trials that reach a rung one goes on")
-    startup: int = Field(4, ge=1, description="median: whole trials before the first is stopped")
+    grace: int = Field(4, ge=1, le=EPOCHS, description="No trial is stopped before this epoch")
+    factor: int = Field(
+        3,
+        ge=2,
+        le=TRIALS,
+        description="asha: of so many trials that reach a rung one goes on",
+    )
+    startup: int = Field(
+        4,
+        ge=1,
+        le=TRIALS,
+        description="median: whole trials before the first is stopped",
+    )
 
 
 class Sampler(Section):
     """How settings are drawn."""
 
     name: Literal["tpe", "nsga2", "random"] = "tpe"
-    seed: int = Field(0, ge=0, description="Seed of the draws")
-    startup: int = Field(6, ge=1, description="tpe: trials drawn at random first")
-    population: int = Field(12, ge=2, description="nsga2: trials of a generation")
+    seed: int = Field(0, ge=0, le=SEED, description="Seed of the draws")
+    startup: int = Field(6, ge=1, le=TRIALS, description="tpe: trials drawn at random first")
+    population: int = Field(12, ge=2, le=TRIALS, description="nsga2: trials of a generation")
 
 
 class Resources(Section):
     """What a trial takes. With train.workers > 0 they are those of each worker."""
 
-    cpus: int = Field(1, ge=1, description="CPUs, and torch threads")
+    cpus: int = Field(1, ge=1, le=THREADS, description="CPUs, and torch threads")
     gpus: float | None = Field(
-        None, ge=0, description="GPUs, also a fraction; none: 1 where the cluster has any"
+        None,
+        ge=0,
+        le=THREADS,
+        description="GPUs, also a fraction; none: 1 where the cluster has any",
     )
     memory: float | None = Field(
         None, gt=0, description="GiB past which a trial is ended (train.workers 0, Linux)"
     )
-    concurrent: int | None = Field(None, ge=1, description="Trials at once; none: as many as fit")
+    concurrent: int | None = Field(
+        None,
+        ge=1,
+        le=PROCESSES,
+        description="Trials at once; none: as many as fit",
+    )
     retries: int = Field(
-        0, ge=0, description="New starts, from its checkpoint, of a trial whose process died"
+        0,
+        ge=0,
+        le=TRIALS,
+        description="New starts, from its checkpoint, of a trial whose process died",
     )
 
 
 class Confirm(Section):
     """The best trials and the default run again with other seeds before a winner is named."""
 
-    best: int = Field(3, ge=0, description="Trials that are run again, the default besides")
+    best: int = Field(3, ge=0, le=1000, description="Trials that run again, the default besides")
     seeds: int = Field(2, ge=0, le=1000, description="Further seeds of each")
 
 
@@ -198,36 +233,41 @@ class Space(Section):
 
 def read_space(path: str | Path) -> Space:
     """Read the file; raises UserError that lists what is no part of a space. `check` knows the rest."""
-    content = read_yaml(path)
     try:
-        return Space(**{str(name): value for name, value in content.items()})
+        return Space(**read_mapping(file_or_name("tune_spaces", str(path)), "space"))
     except ValidationError as error:
-        raise UserError(f"space {path}: " + "; ".join(faults_of(Space, error))) from None
+        faults = listed(faults_of(Space, error), MOST_FAULTS)
+        raise UserError(f"space {harmless(str(path), 200)}: {faults}") from None
 
 
 def parse_dimension(name: str, text: Any) -> Dimension:
     """Read `{kind: [low, high], step: s, when: {option: value}}`; raises UserError for another form."""
     if not isinstance(text, Mapping):
-        raise UserError(f"{name}: expected {{loguniform: [low, high]}} or the like, found {text!r}")
+        form = "{loguniform: [low, high]} or the like"
+        raise UserError(f"{name}: expected {form}, found {shown(text)}")
     kinds = [key for key in text if key not in ("step", "when")]
     if len(kinds) != 1 or kinds[0] not in KINDS:
         wrong = next((kind for kind in kinds if kind not in KINDS), None)
         hint = nearest(str(wrong), KINDS) if wrong else ""
-        raise UserError(
-            f"{name}: give one of {', '.join(KINDS)}, found {', '.join(map(str, kinds)) or 'none'}.{hint}"
-        )
+        found = shown(", ".join(map(str, kinds)))
+        raise UserError(f"{name}: give one of {', '.join(KINDS)}, found {found}.{hint}")
     kind, value, step = str(kinds[0]), text[kinds[0]], text.get("step")
     when = text.get("when") or {}
     if not isinstance(when, Mapping):
-        raise UserError(f"{name}: when: expected {{option: value}} or {{option: [values]}}, found {when!r}")
+        raise UserError(
+            f"{name}: when: expected {{option: value}} or {{option: [values]}}, found {shown(when)}"
+        )
     active = {str(k): tuple(v) if isinstance(v, list) else (v,) for k, v in when.items()}
     if not isinstance(value, list) or not value:
-        raise UserError(f"{name}: {kind}: expected a list, found {value!r}")
+        raise UserError(f"{name}: {kind}: expected a list, found {shown(value)}")
     if kind == "choice":
         if odd := [v for v in value if not _is_plain(v)]:
-            raise UserError(f"{name}: choice: expected numbers, texts or lists of them, found {odd[0]!r}")
+            raise UserError(
+                f"{name}: choice: expected numbers, texts or lists of them, found {shown(odd[0])}"
+            )
         if step is not None or len({_label(v) for v in value}) < len(value):
-            raise UserError(f"{name}: choice: expected different values and no step, found {value!r}")
+            found = shown(value)
+            raise UserError(f"{name}: choice: expected different values and no step, found {found}")
         return Dimension(name, kind, choices=tuple(value), when=active)
     _check_range(name, kind, value, step)
     return Dimension(name, kind, value[0], value[1], step, when=active)
@@ -237,11 +277,10 @@ def _check_range(name: str, kind: str, value: list[Any], step: Any) -> None:
     number = int if kind in ("int", "logint") else int | float
     given = [*value, *([] if step is None else [step])]
     if len(value) != 2 or any(not isinstance(x, number) or isinstance(x, bool) for x in given):
-        raise UserError(
-            f"{name}: {kind}: expected two {'whole ' if number is int else ''}numbers, found {given}"
-        )
+        words = "whole numbers" if number is int else "numbers"
+        raise UserError(f"{name}: {kind}: expected two {words}, found {shown(given)}")
     if any(abs(x) > LARGEST or x != x for x in given):
-        raise UserError(f"{name}: {kind}: expected numbers up to {LARGEST:g}, found {given}")
+        raise UserError(f"{name}: {kind}: expected numbers up to {LARGEST:g}, found {shown(given)}")
     low, high = value
     if not low < high:
         raise UserError(f"{name}: {kind}: {low} is not below {high}")

@@ -101,7 +101,7 @@ def run_workers(
     asked = (
         f"{train.workers} workers with {' and '.join(f'{n:g} {unit}' for unit, n in resources.items())} each"
     )
-    printer = None if train.workers == 0 else Printer(tell, waits_for=f"room on the cluster for {asked}")
+    printer = None if train.workers == 0 else Printer(tell, waits_for=asked)
     lines, answers = (printer.lines, printer.answers) if printer else (None, None)
     direct = [None if printer else tell]  # a `tell` of this process does not travel to workers
 

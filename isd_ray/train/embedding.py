@@ -27,6 +27,7 @@ from isd_ray.data.blocks import BadImages, Block, Blocks
 from isd_ray.data.cache import ordered_ranges
 from isd_ray.data.dataset import read_through
 from isd_ray.data.parallel import Progress
+from isd_ray.data.plan import require_side
 from isd_ray.data.stream import centre_shape, good_images
 from isd_ray.errors import UserError
 from isd_ray.models.frozen import fingerprint
@@ -38,11 +39,17 @@ DTYPES = {"float32": np.float32, "float16": np.float16}
 
 @dataclass(frozen=True)
 class CentreView:
-    """The view of evaluation: uint8 [b, C, H, W] -> float32 [b, C, size, size]."""
+    """The view of evaluation: uint8 [b, C, H, W] -> float32 [b, C, size, size].
+
+    Raises UserError for a size below 1.
+    """
 
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        require_side(self.size)
 
     def __call__(self, images: Tensor) -> Tensor:
         return center_view(images, self.size, self.mean, self.std)
@@ -102,10 +109,10 @@ def embed(
     Parts that are there are kept. Networks that do not run in this process must pickle. Raises UserError where the
     folder holds embeddings of something else, where one is not finite, and past `max_bad`.
     """
+    bad = BadImages(table, max_bad)
     claim(uri, describe(table, networks, view, dtype))
     parts = range(math.ceil(table.num_rows / PART_ROWS))
     missing = [i for i in parts if not files.exists(files.join(uri, part_name(i)))]
-    bad = BadImages(table, max_bad)
     rows = np.concatenate([np.empty(0, np.int64), *(part_rows(i, table) for i in missing)])
     with Progress("images", len(rows), quiet) as progress:
         blocks = (progress.add(b, _rows_of) for b in _blocks(table, rows, networks, view, compute))

@@ -100,7 +100,7 @@ class Printer:
     def _say_waiting(self) -> None:
         if not self.heard:
             seconds = time.monotonic() - self.started
-            print(f"waiting for {self.waits_for} ({seconds:.0f} s)", file=sys.stderr, flush=True)
+            print(f"waiting for {self.waits_for} to start ({seconds:.0f} s)", file=sys.stderr, flush=True)
 
     def _answer(self, numbers: dict[str, Any]) -> None:
         """Answer numbers; those that came before are answered as they were."""

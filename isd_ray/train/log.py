@@ -1,12 +1,14 @@
 """Numbers of the run while it goes: gathered over the workers every few steps, shown, written, and checked."""
 
 import time
+from contextlib import suppress
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from isd_ray.config import Config, flatten
+from isd_ray.config import Config
 from isd_ray.data.stream import Stream
 from isd_ray.errors import UserError
 from isd_ray.train.folder import RunFolder, checkpoint_names
@@ -20,7 +22,7 @@ class Log:
     """Collects loss, diagnostics and where the time goes; every `log_every` steps it reduces them over the workers.
 
     That reduction is the only communication besides gradients and queue. Rank 0's clock rides along in it, so all
-    workers agree on when to save a checkpoint.
+    workers agree on when to save a checkpoint. Used as a context, it tells trackers its end.
     """
 
     def __init__(
@@ -34,10 +36,19 @@ class Log:
         self.first = worker.rank == 0
         if self.first:
             batch = config.train.batch_size
+            self.loggers = open_loggers(config, folder, worker.out, step)
             self.progress = Progress(config.train.epochs, self.steps, batch, start_step=step, out=worker.out)
-            self.metrics = MetricsWriter(folder.uri, start_step=step)
-            run, options = folder.uri.rsplit("/", 1)[-1], flatten(config.model_dump())
-            self.loggers = open_loggers(config.train.loggers, run, options)
+            self.metrics = MetricsWriter(folder, start_step=step)
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+            return
+        with suppress(OSError, UserError):  # what failed first is what is told
+            self.close(failed=True)
 
     def due(self, step: int) -> bool:
         """Tell whether the log is reduced once `step` steps are done: at the same steps on all workers."""
@@ -91,8 +102,11 @@ class Log:
         epoch = (step - 1) // self.steps
         numbers = {"epoch": epoch, "loss": loss, "lr": rate, **speed, **diagnostics}
         self.metrics.write({"step": step} | numbers)
-        for send in self.loggers:
-            send(step, numbers)
+        self.loggers.row(step, numbers)
+
+    def measured(self, row: dict[str, Any]) -> None:
+        """Send what was measured on the way to trackers: a row of validation.jsonl, on rank 0."""
+        self.loggers.row(row["step"], {k: v for k, v in row.items() if "." in k}, "validation/")
 
     def not_finite(self, step: int) -> str:
         """Say where the loss broke and what is left."""
@@ -108,9 +122,11 @@ class Log:
         self.saved = time.monotonic()
         if self.first:
             self.metrics.flush()
+            self.loggers.flush()
 
-    def close(self) -> None:
-        """Finish the progress line and the files."""
+    def close(self, failed: bool = False) -> None:
+        """Finish the progress line, the files and the trackers."""
         if self.first:
             self.progress.close()
+            self.loggers.finish(failed)
             self.metrics.close()

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from isd_ray.config import Config
 from isd_ray.data.augment import make_views
-from isd_ray.data.plan import one_size
+from isd_ray.data.plan import whole_size
 from isd_ray.data.stream import Batch, Stream
 from isd_ray.errors import UserError
 from isd_ray.train.folder import RunFolder, load_checkpoint, save_checkpoint
@@ -67,7 +67,9 @@ def build_stream(config: Config, folder: RunFolder, worker: Worker) -> Stream:
 def finish_in_tasks(config: Config, table: pa.Table, device: torch.device) -> bool:
     """Tell whether reading tasks make the whole views: by what is fixed for a run, since it rounds them."""
     where = config.data.augment_on
-    return where == "tasks" or (where == "auto" and device.type == "cpu" and one_size(table) is None)
+    if where == "auto":
+        return device.type == "cpu" and whole_size(table, config.data.image_size) is None
+    return where == "tasks"
 
 
 def run_epochs(config: Config, folder: RunFolder, worker: Worker, stream: Stream, state: State) -> None:
@@ -80,28 +82,29 @@ def run_epochs(config: Config, folder: RunFolder, worker: Worker, stream: Stream
     clock.watch_queue(state.bank if state.queue is None else state.queue)
     if worker.world > 1:
         clock.watch_gradients(state.method.encoders()["student"])
-    log = Log(config, folder, worker, stream, state.step, clock)
-    watch = Watch(config, folder, worker, stream.steps, state.step)
-    while state.step < total and not watch.stop:
-        epoch, start = divmod(state.step, stream.steps)
-        if start == 0:
-            state.method.begin_epoch(epoch)
-            clock.mark("queue")  # clusters of what is remembered, where the method has any
-        for batch in stream.epoch(epoch, start=start):
-            clock.mark("wait")
-            rate, due = float(rates[state.step]), log.due(state.step + 1)
-            set_rate(state.optimizer, rate, config.train.lr)
-            state.method.update_teacher(float(momenta[state.step]))
-            clock.mark("update")
-            loss, diagnostics = train_step(model, state, batch, config, worker, clock, diagnose=due)
-            log.add(loss)
-            if due:
-                timed, watched = log.reduce(state.step, rate, diagnostics), watch(state)
-                if timed or watched or state.step == total:
-                    save(config, folder, worker, state)
-                    log.was_saved()
-            clock.mark("log")
-    log.close()
+    with Log(config, folder, worker, stream, state.step, clock) as log:
+        watch = Watch(config, folder, worker, stream.steps, state.step)
+        while state.step < total and not watch.stop:
+            epoch, start = divmod(state.step, stream.steps)
+            if start == 0:
+                state.method.begin_epoch(epoch)
+                clock.mark("queue")  # clusters of what is remembered, where the method has any
+            for batch in stream.epoch(epoch, start=start):
+                clock.mark("wait")
+                rate, due = float(rates[state.step]), log.due(state.step + 1)
+                set_rate(state.optimizer, rate, config.train.lr)
+                state.method.update_teacher(float(momenta[state.step]))
+                clock.mark("update")
+                loss, diagnostics = train_step(model, state, batch, config, worker, clock, due)
+                log.add(loss)
+                if due:
+                    timed, watched = log.reduce(state.step, rate, diagnostics), watch(state)
+                    if watched and worker.rank == 0:
+                        log.measured(watch.rows[-1])
+                    if timed or watched or state.step == total:
+                        save(config, folder, worker, state)
+                        log.was_saved()
+                clock.mark("log")
 
 
 def train_step(

@@ -2,7 +2,7 @@
 
 `Progress` answers the questions of somebody in front of a terminal or a job's log: how far, how fast, is the
 data pipeline the bottleneck, does the loss fall, when is it done. `MetricsWriter` keeps the same numbers as
-JSON lines and TensorBoard, without repeated or missing steps when a run is resumed. Rank 0 alone uses them.
+JSON lines, without repeated or missing steps when a run is resumed. Rank 0 alone uses them.
 
 A *step* counts finished optimiser steps of the whole run: the first call after a fresh start is step 1, after
 a resume from step s it is s + 1.
@@ -11,18 +11,19 @@ a resume from step s it is s + 1.
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from pyarrow import ArrowInvalid, fs
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 from torch import Tensor
 
-from isd_ray.errors import UserError
+from isd_ray.ending import broken
+from isd_ray.train.folder import RunFolder, read_lines
 
+METRICS = "metrics.jsonl"
 LIVE_REFRESH = 0.5  # seconds between two updates of the live line
 
 Row = dict[str, Any]
@@ -132,25 +133,21 @@ def duration(seconds: float) -> str:
 
 
 class MetricsWriter:
-    """Write rows to `<folder>/metrics.jsonl`, one JSON object a line, and scalars to `<folder>/tensorboard`.
+    """Write rows to metrics.jsonl of a run's folder, one JSON object a line.
 
-    `folder` is a local path or any `pyarrow.fs` URI. On a resume from step s (`start_step=s`), lines of later
-    steps and a line that was torn by a kill are dropped first, so nothing appears twice. A local file grows
-    line by line. A remote one is written whole at `flush`, because object stores do not append; TensorBoard
-    is written to local folders only. NaN and infinities become null, which every JSON reader accepts.
+    On a resume from step s (`start_step=s`), lines of later steps and a line that was torn by a kill are dropped
+    first, so nothing appears twice. A local file grows line by line. A remote one is written whole at `flush`,
+    because object stores do not append. NaN and infinities become null, which every JSON reader accepts. Raises
+    MachineError where a disk or store fails.
     """
 
-    def __init__(self, folder: str | Path, start_step: int = 0, tensorboard: bool = True):
-        self.filesystem, root = _filesystem(folder)
-        self.filesystem.create_dir(root, recursive=True)
-        self.path = f"{root}/metrics.jsonl"
-        self.lines = [json.dumps(row) for row in self._read() if row["step"] <= start_step]
-        self.local = isinstance(self.filesystem, fs.LocalFileSystem)
+    def __init__(self, folder: RunFolder, start_step: int = 0):
+        self.folder = folder
+        rows = read_lines(folder, METRICS)
+        kept = [row for row in rows if isinstance(row.get("step"), int) and row["step"] <= start_step]
+        self.lines = [json.dumps(row) for row in kept]
         self._write_whole()
-        self.file = Path(self.path).open("a") if self.local else None  # noqa: SIM115
-        self.board = (
-            _summary_writer(f"{root}/tensorboard", start_step) if tensorboard and self.local else None
-        )
+        self.file = Path(folder.path, METRICS).open("a") if folder.local else None  # noqa: SIM115
 
     def write(self, row: Row) -> None:
         """Add one row; it needs `step` and gets `time`, in seconds since 1970."""
@@ -158,18 +155,16 @@ class MetricsWriter:
             {"time": round(time.time(), 3)} | {name: _finite(value) for name, value in row.items()}
         )
         if self.file:
-            self.file.write(line + "\n")
-            self.file.flush()
+            try:
+                self.file.write(line + "\n")
+                self.file.flush()
+            except OSError as error:
+                raise broken(self.folder.place(METRICS), error) from None
         else:
             self.lines.append(line)
-        for name, value in row.items():
-            if self.board and name != "step" and _is_number(value):
-                self.board.add_scalar(name, value, row["step"])
 
     def flush(self) -> None:
         """Make everything visible to readers; call it with each checkpoint. Remote: writes the whole file."""
-        if self.board:
-            self.board.flush()
         if not self.file:
             self._write_whole()
 
@@ -178,51 +173,9 @@ class MetricsWriter:
         self.flush()
         if self.file:
             self.file.close()
-        if self.board:
-            self.board.close()
-
-    def _read(self) -> Iterator[Row]:
-        if self.filesystem.get_file_info(self.path).type == fs.FileType.NotFound:
-            return
-        with self.filesystem.open_input_stream(self.path) as stream:
-            lines = stream.read().decode("utf-8", errors="replace").splitlines()
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue  # torn by a kill in the middle of a write: its step is run again
-            if isinstance(row, dict) and "step" in row:
-                yield row
 
     def _write_whole(self) -> None:
-        """Replace the file at once: a kill leaves the old one or the new one."""
-        beside = f"{self.path}.new" if self.local else self.path
-        with self.filesystem.open_output_stream(beside) as stream:
-            stream.write("".join(line + "\n" for line in self.lines).encode())
-        if self.local:
-            self.filesystem.move(beside, self.path)
-
-
-def _filesystem(folder: str | Path) -> tuple[fs.FileSystem, str]:
-    if isinstance(folder, str) and "://" in folder:
-        try:
-            filesystem, path = fs.FileSystem.from_uri(folder)
-        except ArrowInvalid as error:
-            raise UserError(
-                f"No file system for '{folder}': {error}. Use a path, file://, s3:// or gs://."
-            ) from None
-        return filesystem, path.rstrip("/")
-    return fs.LocalFileSystem(), str(Path(folder).absolute())
-
-
-def _summary_writer(folder: str, start_step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
-    return SummaryWriter(folder, purge_step=start_step + 1 if start_step else None)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | Tensor) and not isinstance(value, bool)
+        self.folder.write(METRICS, "".join(line + "\n" for line in self.lines).encode())
 
 
 def _finite(value: Any) -> Any:

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 
 from isd_ray.config import Config
-from isd_ray.data.views import get_views
 from isd_ray.ending import of_memory
 from isd_ray.errors import UserError, printable
 from isd_ray.methods import Method, build_method, find_method, options_of
-from isd_ray.models.backbones import build_backbone, check_sizes
+from isd_ray.models.backbones import build_backbone
 from isd_ray.models.frozen import Frozen
 from isd_ray.queue import DistributedQueue
 from isd_ray.queue.bank import Bank
@@ -103,7 +102,6 @@ def build_state(config: Config, device: torch.device, images: int) -> State:
     torch.manual_seed(config.train.seed)
     model, size = config.model, config.data.image_size
     backbone = build_backbone(model.backbone, stem=model.stem, image_size=size)
-    check_sizes(backbone, [view.pixels(size) for view in get_views(config.method.views)])
     kind: Any = find_method(config.method.name)
     widths = [network.dim for network in (backbone, teacher) if network is not None]
     queue, bank = None, None

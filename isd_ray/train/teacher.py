@@ -43,18 +43,14 @@ def load_teacher(config: Config) -> Frozen | None:
     to have been trained with another normalisation.
     """
     method, data = config.method, config.data
-    if "teacher" not in options_of(method.name):
+    source = asked_teacher(method)
+    if source is None:
         return None
-    if method.teacher is None:
-        raise UserError(
-            f"--method.name {method.name} learns from a trained network: give --method.teacher, the folder of a run or "
-            "a file of weights"
-        )
     found = find_in_run(method) or find_in_file(method)
     network = build_backbone(found.arch, found.stem, found.image_size or data.image_size)
     # Weights from the time before batch norm counted its batches; nothing here reads that count.
     counts = {n: v for n, v in network.state_dict().items() if n.endswith(".num_batches_tracked")}
-    interop.load_weights(network, counts | without_classifier(found.weights, network), method.teacher)
+    interop.load_weights(network, counts | without_classifier(found.weights, network), source)
     for name in ("mean", "std"):
         trained, given = getattr(found, name), getattr(data, name)
         if trained is not None and list(trained) != list(given):
@@ -63,9 +59,21 @@ def load_teacher(config: Config) -> Frozen | None:
                 f"{list(given)}; give it the teacher's"
             )
     teacher = Frozen(network)
-    for side in sorted({view.pixels(data.image_size) for view in get_views(method.views)}):
-        try_out(teacher, side, method.teacher)
+    for side in sorted({data.image_size, *(v.pixels(data.image_size) for v in get_views(method.views))}):
+        try_out(teacher, side, source)
     return teacher
+
+
+def asked_teacher(method: MethodConfig) -> str | None:
+    """Return where the teacher lies, None for a method without one; raises UserError."""
+    if "teacher" not in options_of(method.name):
+        return None
+    if method.teacher is None:
+        raise UserError(
+            f"--method.name {method.name} learns from a trained network: give --method.teacher, "
+            "the folder of a run or a file of weights"
+        )
+    return method.teacher
 
 
 def find_in_run(method: MethodConfig) -> Found | None:

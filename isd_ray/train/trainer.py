@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import platform
+import sys
 import tempfile
 import time
 from importlib.metadata import version
@@ -34,9 +35,12 @@ from isd_ray.train.folder import (
     read_result,
     read_saved,
 )
+from isd_ray.train.learnable import check_learnable
+from isd_ray.train.loggers import send_result
 from isd_ray.train.loop import train
 from isd_ray.train.parts import run_shares, run_stages, sentence
 from isd_ray.train.state import build_state
+from isd_ray.train.teacher import load_teacher
 from isd_ray.train.validation import WATCHED, how_watched, watched_tables
 
 # Options that may change between the start of a run and its continuation: they do not change what is learned.
@@ -66,12 +70,13 @@ def pretrain(config: Config, tell: cluster.Tell | None = None) -> dict[str, Any]
     if not never_began(folder):
         check_same(config, folder)
     refuse_foreign(folder, "run")
+    check_learnable(config)
+    load_teacher(config)  # one that cannot be loaded is refused before anything is written
     session.start_ray(config.address, config.train.workers)
     device = cluster.choose_device(config)
     splits = open_splits(config)
     check_sizes(config, splits.train)
     check_evaluation(config, splits)
-    check_networks(config)  # before anything is written
     with claimed(folder, "run"):
         forget_never_began(config, folder)
         prepare(config, folder, splits)
@@ -99,11 +104,6 @@ def forget_never_began(config: Config, folder: RunFolder) -> None:
                 folder.remove(name)
 
 
-def check_networks(config: Config) -> None:
-    """Build the networks once: a name or size that cannot work is refused before a run is."""
-    build_state(config, torch.device("cpu"), images=1)
-
-
 def run_prepared(
     config: Config, folder: RunFolder, splits: Splits, device: str, tell: cluster.Tell | None = None
 ) -> dict[str, Any]:
@@ -118,6 +118,7 @@ def run_prepared(
         result |= evaluate_run(config, folder, splits, device)
         result["seconds"] = seconds | result["seconds"]
     folder.write_json("result.json", result)
+    send_result(config, folder, result, sys.stderr)
     return result
 
 

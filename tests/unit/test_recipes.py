@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from isd_ray.config import flatten, merge, parse, read_yaml, resolve
+from isd_ray.config import Config, flatten, merge, parse, read_yaml, resolve
 from isd_ray.methods import METHODS, Method, build_method, find_method
 from isd_ray.models.frozen import Frozen
 from isd_ray.queue.bank import Bank
 from isd_ray.queue.distributed import DistributedQueue
+from isd_ray.train.learnable import check_learnable
 from isd_ray.train.state import method_options
 
 ROOT = Path(__file__).parents[2]
@@ -19,8 +20,15 @@ RECIPES = sorted(p for p in (ROOT / "jobs/recipes").glob("*.yaml") if not p.name
 DATASETS = sorted(path.stem for path in (ROOT / "datasets").glob("*.yaml"))
 
 
+def check(config: Config) -> None:
+    """Build networks and method as a run would; a frozen teacher is given where one is needed."""
+    if "method.teacher" in METHODS[config.method.name].defaults:
+        config = resolve(config.model_dump(), {"method.teacher": "teacher.pth"})
+    check_learnable(config)
+
+
 class Backbone(nn.Module):
-    arch, stem_name = "none", "none"
+    arch, stem_kind = "none", "none"
 
     def __init__(self, dim: int = 8) -> None:
         super().__init__()
@@ -49,7 +57,7 @@ def test_every_recipe_resolves_and_its_method_can_be_built(recipe):
     given = flatten(merge(read_yaml(recipe)))
     resolved = flatten(config.model_dump())
     assert {name: resolved[name] for name in given} == given
-    build(config)
+    check(config)
 
 
 @pytest.mark.parametrize("data", ["imagenet", "cifar10"])
@@ -63,7 +71,7 @@ def test_every_method_has_a_recipe(data):
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_every_method_can_be_built_with_the_defaults_of_every_data_set(dataset):
     for method in METHODS:
-        build(resolve({"data.dataset": dataset, "method.name": method}))
+        check(resolve({"data.dataset": dataset, "method.name": method}))
 
 
 # Recipes that cite a result of another model than they train, and the words that say in what it differs.

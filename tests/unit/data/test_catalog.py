@@ -61,12 +61,22 @@ def test_all_definitions_are_valid():
 def test_unknown_names_and_keys_are_refused():
     with pytest.raises(UserError, match=r"Did you mean 'cifar10_lt'.* Known: cifar10, "):
         load_definition("cifar10-lt")
-    with pytest.raises(UserError, match=r"datasets/x.yaml: imbalanc: .* Did you mean 'imbalance'"):
+    with pytest.raises(
+        UserError, match=r"datasets/x.yaml: unknown entry 'imbalanc'. Did you mean 'imbalance'"
+    ):
         parse_definition("description: x\nimbalanc: {}", "x")
     with pytest.raises(UserError, match=r"datasets/x.yaml: bank: "):
         parse_definition("description: x\nbank: half", "x")
-    with pytest.raises(UserError, match="not a YAML mapping"):
+    with pytest.raises(UserError, match="expected 'name: value' lines, found list"):
         parse_definition("- x", "x")
+    with pytest.raises(UserError, match="line 2: 'bank' stands in line 1 too"):
+        parse_definition("bank: train\nbank: balanced", "x")
+    with pytest.raises(
+        UserError, match=r"description: Field required; mean\.0: Input should be a finite number"
+    ):
+        parse_definition("mean: [.nan, 0.5, 0.5]", "x")
+    with pytest.raises(UserError, match="name: that of the file counts"):
+        parse_definition("name: y\ndescription: x", "x")
 
 
 def test_digits_are_long_tailed_and_tested_on_the_rest():

@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isd_ray.data.plan import chunk_for, fits_memory, one_size, plan, rank_columns, shard_codes
+from isd_ray.data.plan import (
+    chunk_for,
+    fits_memory,
+    one_size,
+    plan,
+    rank_columns,
+    shard_codes,
+    whole_size,
+)
 from isd_ray.errors import UserError
 
 
@@ -98,6 +106,20 @@ def test_chunk_follows_the_table_only():
     assert chunk_for(mixed, 256) == 9  # 20,000 / (8 * 256): eight chunks a column
     assert chunk_for(mixed, 64) == 10  # a mebibyte of 100 kB images
     assert chunk_for(mixed, 4096) == 1
+
+
+@pytest.mark.parametrize(
+    ("pixels", "view", "is_whole"),
+    [(32, 32, True), (32, 16, True), (224, 224, True), (128, 8, True), (256, 128, True), (448, 224, True),
+     (129, 32, False), (257, 128, False), (449, 224, False), (4000, 32, False)],
+)  # fmt: skip
+def test_images_travel_whole_while_they_are_small_or_little_larger_than_a_view(pixels, view, is_whole):
+    table = index(2, 2000, [pixels] * 2)
+    assert whole_size(table, view) == ((pixels, pixels) if is_whole else None)
+    assert whole_size(index(2, 2000, [pixels, pixels + 1]), view) is None
+    for side in (0, -1):
+        with pytest.raises(UserError, match=f"a view of {side} pixels: --image-size is at least 1"):
+            whole_size(table, side)
 
 
 def test_shard_codes_of_strings_and_dictionaries():

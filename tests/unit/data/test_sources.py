@@ -5,6 +5,7 @@ import pickle
 import sys
 import types
 
+import broken as b
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -236,7 +237,17 @@ def test_folders_that_are_no_data(tmp_path):
         open_source(str(tmp_path / "mixed"))
 
 
-def test_tars_without_an_index_are_indexed(tmp_path):
+def test_tars_without_an_index_are_indexed(tmp_path, capsys):
     place = as_tars(tmp_path)
     (tmp_path / "out" / "train" / index.FILE_NAME).unlink()
     assert samples(open_source(place)) == EXPECTED
+    assert "bad samples" not in capsys.readouterr().out
+
+
+def test_bad_samples_of_tars_without_an_index_are_said_to_be_left_out(tmp_path, capsys):
+    members = [m for i in range(150) for m in b.sample(f"{i:03d}")]
+    (tmp_path / "s.tar").write_bytes(b.tar(*members, ("x\x1b.cls", b"1")))
+    assert len(open_source(f"tars:{tmp_path}")) == 150
+    said = capsys.readouterr().out
+    assert r"1 bad samples left out, e.g. s.tar x\x1b: no image member" in said
+    assert said.strip().isprintable()

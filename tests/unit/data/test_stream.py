@@ -145,6 +145,25 @@ def test_images_of_many_sizes_are_cropped_where_they_are_read(mixed):
             assert (found[i] - expected[0]).abs().max() < 1.01 / 255
 
 
+@pytest.mark.parametrize("views", [["weak"], ["weak", "strong", "weak"]])
+def test_large_images_of_one_size_are_cropped_as_those_of_several(tmp_path, views):
+    """A set of one size, and the same images in a set that has one of another size."""
+    tables = []
+    for odd in (0, 1):
+        (folder := tmp_path / str(odd)).mkdir()
+        tables.append(make_set(folder, size=lambda i, odd=odd: (140, 130 + odd * (i // 59))))
+    one, several = (stream(table, views=views, global_batch=60) for table in tables)
+    assert (one.cache, several.cache) == ("none", "none")
+    for a, c in zip(one.epoch(3), several.epoch(3), strict=True):
+        assert a.cropped
+        assert a.image.shape == (60, len(views), 3, 16, 16)
+        same = a.index != 59
+        assert torch.equal(a.image[same], c.image[same])
+    centre, same = (next(ordered(table, size=16, batch=59)).image for table in tables)
+    assert centre.shape == (59, 1, 3, 16, 16)
+    assert torch.equal(centre, same)
+
+
 def test_multi_crop_sides(mixed):
     views = ["swav_large", "swav_small"]
     large, small = make_views(next(stream(mixed, views=views).epoch(0)), views, 16, [0] * 3, [1] * 3)
@@ -216,6 +235,13 @@ def test_what_cannot_work_is_said_at_once(small, mixed):
         stream(small, cache="memori")
     with pytest.raises(UserError, match="images of one size"):
         stream(mixed, cache="memory")
+    large = small.set_column(5, "width", pa.array([4000] * 60, pa.int32()))
+    with pytest.raises(
+        UserError, match=r"cache=memory keeps whole images, and 4000 x 16 pixels .* views of 16"
+    ):
+        stream(large, cache="memory")
+    with pytest.raises(UserError, match="a view of 0 pixels"):
+        stream(small, size=0)
     with pytest.raises(UserError, match="20 workers"):
         stream(small, world=20)
     with pytest.raises(UserError, match="60 images, fewer than one global batch of 64"):

@@ -205,7 +205,7 @@ def test_the_metadata_are_texts_that_anybody_can_read(tmp_path):
 
 def test_a_file_of_before_the_header_was_sorted_loads(tmp_path):
     source, target = build_backbone("resnet8"), build_backbone("resnet8")
-    text = {"stem": source.stem_name} | {
+    text = {"stem": source.stem_kind} | {
         key: str(getattr(source, key)) for key in ("image_size", "arch", "dim")
     }
     save_file(

@@ -28,7 +28,7 @@ def random(rows: int, seed: int, dim: int = D) -> Tensor:
 class Flat(nn.Module):
     """A backbone of vectors; batch norm shows whether the mode is that of training."""
 
-    arch, stem_name = "flat", "own"
+    arch, stem_kind = "flat", "own"
 
     def __init__(self, dim: int, seed: int = 0, width: int = D) -> None:
         super().__init__()
@@ -190,9 +190,9 @@ def test_fingerprint_sees_every_bit_every_name_and_the_stem():
     network = build_backbone("resnet8", stem="stride2")
     one = fingerprint(network)
     assert torch.equal(one, fingerprint(network))
-    network.stem_name = "cifar"
+    network.stem_kind = "cifar"
     assert not torch.equal(one, fingerprint(network))
-    network.stem_name = "stride2"
+    network.stem_kind = "stride2"
     with torch.no_grad():
         network.bn1.running_var[3] += 1e-7
     assert not torch.equal(one, fingerprint(network))

@@ -5,7 +5,7 @@ import torchvision
 from torch import nn
 
 from isd_ray.errors import UserError
-from isd_ray.models.backbones import build_backbone, check_sizes
+from isd_ray.models.backbones import build_backbone, check_size
 
 
 @pytest.mark.parametrize(
@@ -91,8 +91,8 @@ def test_transformers_take_views_of_other_sizes_and_are_the_same_at_their_own(na
     fixed.load_state_dict(ours.state_dict())
     images = torch.randn(2, 3, 64, 64)
     assert torch.equal(ours(images), fixed(images))
-    check_sizes(ours, [64, 32, 96])
-    for side in (32, 96):
+    for side in (64, 32, 96):
+        check_size(ours, side)
         features = ours(torch.randn(2, 3, side, side))
         assert features.shape == (2, ours.dim)
         assert features.isfinite().all()
@@ -109,32 +109,32 @@ def test_transformers_take_views_of_other_sizes_and_are_the_same_at_their_own(na
 @pytest.mark.parametrize("training", [True, False])
 def test_a_size_that_a_backbone_does_not_take_is_one_line(name, side, words, training):
     backbone = build_backbone(name, image_size=64).train(training)
-    check_sizes(backbone, [64])
-    with pytest.raises(
-        UserError, match=f"of --data.image_size 64 does not take images of {side} .*{words}"
-    ) as error:
-        check_sizes(backbone, [64, side])
+    check_size(backbone, 64)
+    with pytest.raises(UserError, match=f"for 64 pixels does not take images of {side}: .*{words}") as error:
+        check_size(backbone, side)
     assert str(error.value).isprintable()
     assert backbone.training == training
 
 
-@pytest.mark.parametrize("name", ["timm:convnext_atto", "timm:regnetx_002", "timm:mixer_s16_224"])
-def test_timm_models_with_a_stem_of_their_own_can_be_built(name):
-    backbone = build_backbone(name, image_size=64)
-    assert isinstance(backbone.stem, nn.Module)
-    assert (backbone.arch, backbone.stem_name) == (name, "own")
-    assert backbone.eval()(torch.randn(1, 3, 64, 64)).shape == (1, backbone.dim)
-
-
 def test_resnets_take_any_size():
     for name in ("resnet8", "resnet18", "timm:resnet10t"):
-        check_sizes(build_backbone(name), [1, 17, 96])
+        for side in (1, 17, 96):
+            check_size(build_backbone(name), side)
 
 
 def test_timm_dim_is_that_of_the_features_where_a_head_widens_them():
     backbone = build_backbone("timm:mobilenetv3_small_050")
     assert backbone.eval()(torch.randn(1, 3, 32, 32)).shape[1] == backbone.dim
     assert backbone.dim != timm.create_model("mobilenetv3_small_050").num_features
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "levit_128s", "edgenext_xx_small"])
+def test_timm_models_keep_layers_of_any_name(name):
+    """Their first layers are called `stem`."""
+    backbone = build_backbone(f"timm:{name}", image_size=64).eval()
+    assert isinstance(backbone.stem, nn.Module)
+    assert backbone.stem_kind == "own"
+    assert backbone(torch.randn(1, 3, 64, 64)).shape == (1, backbone.dim)
 
 
 def test_probing_leaves_the_running_statistics_alone():

@@ -2,15 +2,17 @@
 
 import base64
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from made_up import BALANCED, EXP25, accuracy, made_up, write_study
 
 from isd_ray.study import plots, report, tables
-from isd_ray.study.blocks import Table
+from isd_ray.study.blocks import Table, Text
 from isd_ray.study.results import collect
 from isd_ray.study.work import cell_folder
+from isd_ray.train.folder import RunFolder
 
 TITLES = [
     "embedded_lt-exp25: accuracy over class frequency", "embedded_lt-exp25: groups of classes",
@@ -44,6 +46,25 @@ def test_the_page_holds_every_figure_and_needs_nothing_else(written):
     assert len(files) == len(TITLES)
     assert not re.search(r'(src|href)="(?!data:)', text), "the page needs something from outside"
     assert "Made &lt;up&gt;" in text
+
+
+def test_classes_of_any_name_are_drawn(written):
+    outcome, folder = written
+    odd = ["$\\frac{", "_hidden", "\x1b[31mred", "a\nb", "x" * 500, "\udcff"]
+    subset = next(run.cell.subset for run in outcome.runs if run.cell.setting == EXP25)
+    facts = {**outcome.plan.facts, subset: replace(outcome.plan.facts[subset], names=odd)}
+    changed = replace(outcome, plan=replace(outcome.plan, facts=facts))
+    drawn = list(report._sheets(changed, EXP25, RunFolder(str(folder.parent))))
+    assert [picture.image[:4] for picture in drawn] == [b"\x89PNG"] * 3
+
+
+def test_a_name_is_text_in_both(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "content", lambda outcome, folder: [Text("a\n\x1b[31m# b\n<i>")])
+    report.write(None, RunFolder(str(tmp_path)), "<b>*x*</b>")
+    page, text = ((tmp_path / "report" / name).read_text() for name in ("index.html", "report.md"))
+    assert "<h1>&lt;b&gt;*x*&lt;/b&gt;</h1>" in page
+    assert "<p>a \\x1b[31m# b &lt;i&gt;</p>" in page
+    assert text == "# \\<b>\\*x\\*\\</b>\n\na \\\\x1b\\[31m# b \\<i>\n"
 
 
 def test_markdown_has_the_same_tables_and_figures(written):

@@ -79,7 +79,7 @@ def test_all_faults_at_once_each_with_its_remedy():
         ),
         ({"constraints": ["method.temperature > 1"]}, "the default: it breaks the constraint"),
         ({"start": [{"method.temperature": 0.5}]}, "method.temperature 0.5 lies outside"),
-        ({"start": [{"train.lr": 0.5}]}, "train.lr is not varied"),
+        ({"start": [{"train.lr": 0.5}]}, "'train.lr' is not varied"),
         ({"goals": ["student.knn20", "student.knn20.few"]}, "scheduler.name: none"),
         ({"goals": ["student.knn20", "student.knn20"], "scheduler": {"name": "none"}}, "twice"),
         ({"sampler": {"name": "nsga2"}}, "with one, use tpe"),
@@ -110,7 +110,7 @@ def test_all_faults_at_once_each_with_its_remedy():
         ({"constraints": ["'a' * 99999999999 != queue.size"]}, "only numbers can be"),
         ({"constraints": ["method.name * 99999999999 != queue.size"]}, "only numbers can be"),
         ({"constraints": [f"1{'0' * 400} / 3.5 > queue.size"]}, "too large"),
-        ({"constraints": [f"1{'+1' * 20000} < queue.size"]}, "40,014 characters"),
+        ({"constraints": [f"1{'+1' * 1000} < queue.size"]}, "2,014 characters"),
         ({"resources": {"gpus": 1.5}}, "resources.gpus 1.5"),
         ({"resources": {"gpus": 1e-9}}, "resources.gpus 1e-09"),
     ],
@@ -135,7 +135,7 @@ def test_unknown_entries_of_the_file_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"\xff\xfe\x00", "not YAML"),
+        (b"\xff\xfe\x00", "not UTF-8"),
         (b"1: 2\n", "unknown entry '1'"),
         (b"- a\n", "found list"),
         (b"", "space: Field"),
@@ -218,3 +218,30 @@ def test_a_memory_limit_that_nobody_would_watch_is_refused(monkeypatch):
     assert "train.workers to 0" in faults(**limited, config={"train.workers": 2})
     monkeypatch.setattr("isd_ray.sweep.check.STATM", Path("/nowhere/statm"))
     assert "no /nowhere/statm here" in faults(**limited)
+
+
+def test_more_trials_than_anybody_runs_are_refused_also_from_the_command_line():
+    space = Space(**GOOD)
+    space.budget.trials = 10**9  # as --trials does
+    with pytest.raises(UserError, match=r"budget\.trials: .* less than or equal to 100000"):
+        check(space)
+
+
+def test_what_only_training_would_find_is_found_in_every_choice():
+    text = faults(space={"model.backbone": {"choice": ["resnet8", "resnet19"]}})
+    assert "space: --model.backbone resnet19" in text
+    assert "unknown backbone 'resnet19'" in text
+    assert "config: --model.backbone" in faults(**GOOD, config={"model.backbone": "resnet19"})
+
+
+@pytest.mark.parametrize(
+    "text", ["-" * 499 + "1", "(" * 250 + "1" + ")" * 249, "'\\d' == 'd'", "1 < 2 is 3", "a\0b"]
+)
+def test_odd_constraints_are_refused_or_read_without_a_word_of_python(text, recwarn):
+    said = ""
+    try:
+        parse_constraint(text)
+    except UserError as error:
+        said = str(error)
+    assert said.isprintable()
+    assert not recwarn.list

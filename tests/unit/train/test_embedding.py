@@ -37,7 +37,7 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         self.layer, self.norm = nn.Linear(3 * 8 * 8, dim), nn.BatchNorm1d(dim)
-        self.arch, self.stem_name, self.dim = "net", "own", dim
+        self.arch, self.stem_kind, self.dim = "net", "own", dim
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(self.layer(x.flatten(1)))
@@ -52,7 +52,7 @@ def make_set(folder: Path, sizes: list[int], broken: tuple[int, ...] = (), label
             pixels = generator.integers(0, 256, (side, side, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(buffer, "PNG")
             content = b"no image" if i in broken else buffer.getvalue()
-            member = tarfile.TarInfo(f"{i}.png")
+            member = tarfile.TarInfo(f"k{i}.png")
             member.size = len(content)
             rows.append(
                 ("0.tar", f"k{i}", tar.offset + 512, member.size, i % 3 if labelled else None, side, side)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import fs
 
-from isd_ray.errors import UserError
+from isd_ray.train.folder import RunFolder
 from isd_ray.train.progress import MetricsWriter, Progress, duration
 
 
@@ -85,13 +85,13 @@ def read(folder: Path) -> list[dict]:
 
 
 def test_a_resume_drops_later_steps_and_torn_lines(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path, tensorboard=False)
+    writer = MetricsWriter(RunFolder(str(tmp_path)))
     for step in range(1, 8):
         writer.write({"step": step, "loss": float(step)})
     writer.close()  # each line was visible before: see the next test
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "lo')
-    resumed = MetricsWriter(tmp_path, start_step=5, tensorboard=False)
+    resumed = MetricsWriter(RunFolder(str(tmp_path)), start_step=5)
     assert [row["step"] for row in read(tmp_path)] == [1, 2, 3, 4, 5]
     resumed.write({"step": 6, "loss": 60.0})
     resumed.close()
@@ -100,7 +100,7 @@ def test_a_resume_drops_later_steps_and_torn_lines(tmp_path: Path) -> None:
 
 
 def test_lines_are_readable_at_once_and_hold_no_nan(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path, tensorboard=False)
+    writer = MetricsWriter(RunFolder(str(tmp_path)))
     writer.write({"step": 1, "loss": math.nan, "lr": torch.tensor(0.5), "epoch_end": True})
     (row,) = read(tmp_path)
     assert row["loss"] is None
@@ -112,50 +112,32 @@ def test_lines_are_readable_at_once_and_hold_no_nan(tmp_path: Path) -> None:
 
 
 def test_a_fresh_run_starts_an_empty_file(tmp_path: Path) -> None:
-    first = MetricsWriter(tmp_path, tensorboard=False)
+    first = MetricsWriter(RunFolder(str(tmp_path)))
     first.write({"step": 1})
     first.close()
-    MetricsWriter(tmp_path, tensorboard=False).close()
+    MetricsWriter(RunFolder(str(tmp_path))).close()
     assert read(tmp_path) == []
 
 
 def test_a_remote_folder_is_written_whole_at_flush(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = fs.SubTreeFileSystem(
         str(tmp_path), fs.LocalFileSystem()
-    )  # not a LocalFileSystem: stands for a bucket
-    monkeypatch.setattr("isd_ray.train.progress._filesystem", lambda folder: (store, "run"))
-    writer = MetricsWriter("bucket://run")
+    )  # no LocalFileSystem: stands for a bucket
+    monkeypatch.setattr("isd_ray.train.folder.open_filesystem", lambda uri: (store, "run"))
+    writer = MetricsWriter(RunFolder("bucket://run"))
     writer.write({"step": 1, "loss": 0.5})
     assert read(tmp_path / "run") == []
     writer.flush()
     assert read(tmp_path / "run")[0]["loss"] == 0.5
     writer.write({"step": 2})
     writer.close()
-    MetricsWriter("bucket://run", start_step=1).close()
+    MetricsWriter(RunFolder("bucket://run"), start_step=1).close()
     assert [row["step"] for row in read(tmp_path / "run")] == [1]
-    assert [f.name for f in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]  # no TensorBoard there
+    assert [f.name for f in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
 
 
 def test_uris_and_paths_mean_the_same_local_folder(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path.as_uri(), tensorboard=False)
+    writer = MetricsWriter(RunFolder(tmp_path.as_uri()))
     writer.write({"step": 3})
     writer.close()
     assert read(tmp_path)[0]["step"] == 3
-
-
-def test_an_unknown_file_system_is_named() -> None:
-    with pytest.raises(UserError, match="No file system for 'nosuch://runs/a'"):
-        MetricsWriter("nosuch://runs/a")
-
-
-def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for start, value in ((0, 1.0), (2, 5.0)):
-        writer = MetricsWriter(tmp_path, start_step=start)
-        for step in range(start + 1, start + 4):
-            writer.write({"step": step, "loss": value, "epoch_end": False})
-        writer.close()
-    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in board.Scalars("loss")] == [(1, 1), (2, 1), (3, 5), (4, 5), (5, 5)]
-    assert board.Tags()["scalars"] == ["loss"]

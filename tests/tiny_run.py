@@ -1,9 +1,15 @@
-"""Options of a run on the tiny set that takes seconds, and a sweep of such runs."""
+"""The tiny set, options of a run on it that takes seconds, and a sweep of such runs."""
 
+import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
 SIDE = 16  # pixels
+CLASSES = 4
 GOAL = "student.knn20"
 OWN = ("name", "output", "train.epochs", "train.threads", "evaluate.enabled")  # a sweep sets them itself
 
@@ -47,3 +53,18 @@ def tiny_space(shards: Path, **change: Any) -> dict[str, Any]:
         "confirm": {"best": 1, "seeds": 1},
         "resources": {"cpus": 1, "concurrent": 1},
     } | change
+
+
+def gratings(count: int, seed: int) -> pa.Table:
+    """Return `count` images of each class with their labels."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:SIDE, :SIDE]
+    rows = []
+    for label in range(CLASSES):
+        for i in range(count):
+            wave = np.sin((x * (label + 1) + y * (CLASSES - label)) / 3 + rng.uniform(0, 6))
+            image = np.clip(128 + 60 * wave[..., None] + rng.normal(0, 20, (SIDE, SIDE, 3)), 0, 255)
+            buffer = io.BytesIO()
+            Image.fromarray(image.astype(np.uint8)).save(buffer, "PNG")
+            rows.append({"key": f"{label}/{i}", "label": label, "image": buffer.getvalue()})
+    return pa.Table.from_pylist(rows)
