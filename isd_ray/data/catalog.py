@@ -161,15 +161,13 @@ def open_dataset(
             used instead of `root`.
         cache_dir: where shards are made otherwise (default: ISD_RAY_CACHE, else XDG_CACHE_HOME/isd_ray).
         scheme, ratio, seed, class_order: see `imbalance.subset`; they replace the definition's.
-        Another scheme
-            than the definition's starts without the definition's other arguments.
+            Another scheme than the definition's starts without the definition's other arguments.
         options: further options of the scheme.
         workers, quiet, download: of `make_shards`.
 
     Raises:
         UserError: unknown name, an option that the scheme does not take, nothing at root or shards,
-        or classes
-            that do not fit.
+            or classes that do not fit.
     """
     definition = load_definition(name)
     chosen = {"scheme": scheme, "ratio": ratio, "class_order": class_order}

@@ -28,8 +28,7 @@ def listed(table: pa.Table, files: str | Sequence[str], missing: str = "error") 
 
     Raises:
         UserError: a file that is not in the index or is there twice (unless "skip"), none at all, a
-        list that
-            is empty or cut in its heading, or no text.
+            list that is empty or cut in its heading, or no text.
     """
     entries = [_stem(name) for name in _names(files)]
     if not entries:

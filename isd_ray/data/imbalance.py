@@ -117,7 +117,7 @@ def subset(table: pa.Table, scheme: str | None = None, /, **options: Any) -> pa.
             published classes by WordNet id, without it ("") the classes are drawn by the seed.
         balanced: option per_class, or `of` = the scheme whose size is to be matched (the control D_b);
             further options are those of that scheme.
-        list: options files = a text file, or keys (see `listing`), missing = "error" | "skip".
+        list: options files = a text file, or keys (`file_lists`), missing = "error" | "skip".
     All but natural and list also take class_order ("label": class 0 is the largest; "random": by
     the seed) and holdout, images of each class that are left out beforehand (see `split_holdout`);
     exponential, step and pareto take n_max, images of the largest class (default: those there are).

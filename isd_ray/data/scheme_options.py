@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
-from isd_ray.errors import UserError, nearest, printable
+from isd_ray.errors import UserError, nearest, printable, shown
 
 LARGE, SMALL, CAP, FEW = 8, 30, 1300, 100  # the unbalanced sets of ISD (Tejankar et al., ICCV 2021)
 IMAGES = 10**12  # more than any set holds
@@ -97,7 +97,7 @@ class Counts(Quota):
             raise ValueError("write the names of classes in quotes")
         for n in counts.values() if isinstance(counts, dict) else counts:
             if type(n) is not int or not 0 <= n <= IMAGES:
-                raise ValueError(f"{_shown(n)} is no number of images")
+                raise ValueError(f"{shown(n)} is no number of images")
         return counts if isinstance(counts, dict) else tuple(counts)
 
 
@@ -188,17 +188,9 @@ def _fault(scheme: str, model: type[Options], error: ErrorDetails) -> str:
         hint, known = nearest(name, model.model_fields), ", ".join(model.model_fields)
         return f"unknown imbalance option '{name}' of scheme '{scheme}'.{hint} Known: {known}"
     reason = error["msg"].removeprefix("Value error, ").replace("Input should", "it should")
-    return f"imbalance option {name} {_shown(error['input'])} of scheme '{scheme}': {printable(reason)[:200]}"
+    return f"imbalance option {name} {shown(error['input'])} of scheme '{scheme}': {printable(reason)[:200]}"
 
 
 def _unknown_scheme(name: Any, known: Sequence[str] | Mapping[str, Any]) -> str:
     hint = nearest(name[:60], known) if isinstance(name, str) else ""
-    return f"unknown imbalance scheme {_shown(name)}.{hint} Known: {', '.join(known)}"
-
-
-def _shown(value: Any) -> str:
-    """Return a value as a message may repeat it."""
-    if isinstance(value, str):
-        return repr(printable(value[:60]))
-    plain = isinstance(value, float | bool) or (isinstance(value, int) and abs(value) < 10**18)
-    return repr(value) if plain else f"({type(value).__name__})"
+    return f"unknown imbalance scheme {shown(name)}.{hint} Known: {', '.join(known)}"

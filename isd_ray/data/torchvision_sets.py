@@ -104,6 +104,7 @@ def _line(error: Exception) -> str:
 def class_names(data: Any) -> list[str]:
     """Return the class names of a torchvision set, or [] where it has none."""
     names = getattr(data, "classes", None) or getattr(data, "categories", None)
+    names = names or getattr(data, "all_categories", None)  # of iNaturalist: their folders
     if isinstance(names, list | tuple) and all(isinstance(n, str | tuple) for n in names):
         return [n if isinstance(n, str) else n[0] for n in names]
     return [str(i) for i in range(getattr(data, "num_classes", 0))]
@@ -111,6 +112,9 @@ def class_names(data: Any) -> list[str]:
 
 def item(data: Any, i: int) -> tuple[Any, int | None]:
     """Return (the bytes of the image file, or a PIL image where there is no file; label or None)."""
+    if isinstance(data, datasets.INaturalist):
+        label, name = data.index[i]
+        return read_bytes(str(Path(data.root, data.all_categories[label], name))), int(label)
     files = getattr(data, "samples", None) or getattr(data, "_samples", None)
     if isinstance(files, list) and isinstance(files[i][0], str | Path):
         path, label = files[i]

@@ -15,7 +15,7 @@ from isd_ray.data.catalog import open_dataset
 from isd_ray.data.plan import require_side
 from isd_ray.data.shards import write_bad
 from isd_ray.errors import UserError
-from isd_ray.models.backbones import build_backbone
+from isd_ray.models.backbones import build_backbone, check_size
 from isd_ray.train.cluster import default_threads
 from isd_ray.train.embedding import PART_ROWS, CentreView, Compute, embed
 from isd_ray.train.folder import RunFolder, load_checkpoint, read_saved
@@ -71,8 +71,10 @@ def from_weights(
     described = interop.describe(path) if path.endswith(".safetensors") else None
     if described is not None:
         network = build_backbone(described.arch, described.stem, described.image_size)
+        size = image_size or described.image_size
+        check_size(network, size)
         interop.load_backbone(network, path)
-        return Encoder(network, CentreView(image_size or described.image_size, described.mean, described.std))
+        return Encoder(network, CentreView(size, described.mean, described.std))
     if backbone is None:
         raise UserError(
             f"{path} does not say which backbone it holds: give --backbone (resnet50, timm:NAME, ...)"

@@ -223,8 +223,8 @@ def test_a_teacher_that_takes_no_such_images(options, tmp_path):
     path = tmp_path / "vit.safetensors"
     export_backbone(build_backbone("timm:vit_tiny_patch16_224", image_size=32), path)
     assert load(options | {"method.teacher": str(path), "data.image_size": 32}).dim == 192
-    with pytest.raises(UserError, match=r"vit.safetensors: it does not take images of 48 pixels: Input"):
-        load(options | {"method.teacher": str(path), "data.image_size": 48})
+    with pytest.raises(UserError, match=r"vit.safetensors: it does not take images of 40 pixels: Input"):
+        load(options | {"method.teacher": str(path), "data.image_size": 40})
 
 
 def test_a_run_that_cannot_be_a_teacher(options, teacher_run, tmp_path):

@@ -28,7 +28,7 @@ def check(config: Config) -> None:
 
 
 class Backbone(nn.Module):
-    arch, stem = "none", "none"
+    arch, stem_kind = "none", "none"
 
     def __init__(self, dim: int = 8) -> None:
         super().__init__()

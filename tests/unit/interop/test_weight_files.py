@@ -26,7 +26,7 @@ ROWS, DIM = 6, 4
 class Tiny(nn.Module):
     """A backbone of few bytes, so that a random one of them is often a telling one."""
 
-    dim, arch, stem = DIM, "tiny", "own"
+    dim, arch, stem_kind = DIM, "tiny", "own"
 
     def __init__(self) -> None:
         super().__init__()
