@@ -129,7 +129,7 @@ def expand(uri: str, extension: str) -> list[str]:
     else:
         found = [uri] if exists(uri) else []
     if not found:
-        raise AbsentError(f"no {extension} file at '{uri}': check the path")
+        raise AbsentError(f"no {extension} file at '{printable(uri)}': check the path")
     return found
 
 
@@ -163,7 +163,7 @@ def read_bytes(uri: str, most: int | None = None) -> bytes:
     try:
         return _ask(read, filesystem, uri)
     except FileNotFoundError:
-        raise AbsentError(f"no file at '{uri}'") from None
+        raise AbsentError(f"no file at '{printable(uri)}'") from None
 
 
 def write_whole(uri: str, write: Callable[[str], None]) -> None:

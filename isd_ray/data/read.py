@@ -5,7 +5,7 @@ too, and every row gives an output row: a broken image is a row of zeros with a 
 places and nothing is lost in silence.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -94,7 +94,7 @@ def read_rows(
 
 
 def _decode(
-    data: Iterator[tuple[Encoded, float]], position: np.ndarray, shape: Shape
+    data: Iterable[tuple[Encoded, float]], position: np.ndarray, shape: Shape
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     number = len(position)
     image = np.zeros((number, *shape.array), dtype=np.uint8)
