@@ -199,7 +199,8 @@ def cut_batches(blocks: Iterable[Block], batch: int) -> Iterator[Block]:
 
 
 def error_of_task(error: BaseException | None) -> UserError | None:
-    """Return the UserError that a task raised, from under what Ray wraps around it and without the lines it adds.
+    """Return the UserError that a task raised, from under what Ray wraps around it and without the
+    lines it adds.
 
     A failure of the machine, such as a store that does not answer, stays one.
     """

@@ -1,4 +1,4 @@
-"""Sets that fit are decoded once and kept whole: by each rank, once a node, or on the training device."""
+"""Sets that fit are decoded once and kept: by each rank, once a node, or on the training device."""
 
 import hashlib
 import os
@@ -36,8 +36,9 @@ class Decoded(NamedTuple):
 def choose_cache(table: pa.Table, cache: str, finish: bool, side: int) -> str:
     """Return where the decoded images are kept; "auto" looks at their size, and takes memory or none.
 
-    A cache keeps images that travel whole to views of `side` pixels (`whole_size`), and no others: batches would
-    differ with the cache. Raises UserError for an unknown name and for a cache that cannot hold this set.
+    A cache keeps images that travel whole to views of `side` pixels (`whole_size`), and no others:
+    batches would differ with the cache. Raises UserError for an unknown name and for a cache that
+    cannot hold this set.
     """
     whole = whole_size(table, side)
     if cache not in CACHES:

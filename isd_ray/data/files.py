@@ -93,9 +93,11 @@ def info(uri: str) -> pafs.FileInfo:
 
 
 def listing(uri: str, extensions: Iterable[str], recursive: bool = False) -> Listing:
-    """List the files under the folder `uri` with one of `extensions` (lower case, with dot), and count the others.
+    """List the files under the folder `uri` with one of `extensions` (lower case, with dot), and
+    count the others.
 
-    Names are relative to the folder. Links are followed; hidden files and folders (leading dot) are left out.
+    Names are relative to the folder. Links are followed; hidden files and folders (leading dot) are
+    left out.
 
     Raises:
         AbsentError: `uri` is not a folder.
@@ -153,7 +155,9 @@ def write_text(uri: str, text: str) -> None:
 
 
 def read_bytes(uri: str, most: int | None = None) -> bytes:
-    """Return the content of the file at `uri`, or its first `most` bytes; raises AbsentError where there is none."""
+    """Return the content of the file at `uri`, or its first `most` bytes; raises AbsentError where
+    there is none.
+    """
     filesystem, path = open_filesystem(uri)
 
     def read() -> bytes:

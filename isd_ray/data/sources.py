@@ -129,7 +129,8 @@ class FolderSource:
 def folder_source(folder: str) -> FolderSource:
     """Open a folder of class folders (labels in order of their names) or a flat folder of unlabelled images.
 
-    Files that are no images by their names are left out, with one line that says how many of which kinds.
+    Files that are no images by their names are left out, with one line that says how many of which
+    kinds.
 
     Raises:
         UserError: no image, or images beside class folders (then it is unclear what is a class).
