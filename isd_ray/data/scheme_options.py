@@ -1,7 +1,7 @@
-"""What may be asked of each imbalance scheme: names, types and ranges, checked before an image is chosen.
+"""What may be asked of each imbalance scheme: names, types and ranges, checked beforehand.
 
-A number that is out of range must not choose other images in silence: every option of every scheme passes
-here, whether it comes from the command line, a study, a definition or a caller.
+A number that is out of range must not choose other images in silence: every option of every scheme
+passes here, whether it comes from the command line, a study, a definition or a caller.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ class Natural(Options):
 
 
 class Listed(Options):
-    """The images of a list. files: path of a text file, or names; missing: what to do about one that is not there."""
+    """The images of a list. missing: what to do about one that is not there."""
 
     files: str | tuple[str, ...] = Field(description="the path of a text file, or a list of file names")
     missing: Literal["error", "skip"] = "error"
@@ -48,8 +48,8 @@ class Listed(Options):
 class Quota(Options):
     """Of schemes that ask for so many images a class.
 
-    class_order: "label": class 0 is the largest; "random": by the seed. holdout: images of each class that are
-    left out beforehand.
+    class_order: "label": class 0 is the largest; "random": by the seed. holdout: images of each
+    class that are left out beforehand.
     """
 
     class_order: Literal["label", "random"] = "label"
@@ -57,7 +57,7 @@ class Quota(Options):
 
 
 class Ranked(Quota):
-    """Of schemes that are a law over the ranks. n_max: images of the largest class (default: those there are)."""
+    """Of laws over the ranks. n_max: images of the largest class (default: those there are)."""
 
     n_max: int | None = Field(None, ge=1, le=IMAGES)
 
@@ -82,7 +82,7 @@ class Pareto(Ranked):
 
 
 class Counts(Quota):
-    """counts: images by rank, one number a class; or by class name, where other classes are left out."""
+    """counts: images by rank, one number a class, or by class name, others left out."""
 
     counts: tuple[int, ...] | dict[str, int] = Field(
         description="images of each class, by rank or by class name"
@@ -102,7 +102,7 @@ class Counts(Quota):
 
 
 class LargeSmall(Quota):
-    """`n_large` classes of `size_large` images and `n_small` (None: the rest) of `size_small`, others of none."""
+    """`n_large` classes of `size_large` images, `n_small` (None: the rest) of `size_small`."""
 
     n_large: int = Field(LARGE, ge=0, le=IMAGES)
     size_large: int = Field(CAP, ge=0, le=IMAGES)
@@ -153,8 +153,8 @@ T = TypeVar("T", bound=Options)
 def read_options(scheme: str | None, options: Mapping[str, Any]) -> Options | Control:
     """Return the checked options of a scheme (None and "none": natural).
 
-    Raises UserError that lists every unknown name, with the nearest known one, and every value of a wrong type
-    or out of its range.
+    Raises UserError that lists every unknown name, with the nearest known one, and every value of a
+    wrong type or out of its range.
     """
     name = "natural" if scheme in (None, "none") else scheme
     if not isinstance(name, str) or name not in _OPTIONS:

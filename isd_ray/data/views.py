@@ -51,7 +51,10 @@ class View:
 
 _STRONG = View(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grey_p=0.2, blur_p=0.5)
 _SIMCLR = View(scale=(0.08, 1.0), jitter=(0.8, 0.8, 0.8, 0.2), jitter_p=0.8, grey_p=0.2, blur_p=0.5)
-_BYOL = View(scale=(0.08, 1.0), jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, grey_p=0.2)
+_BYOL = View(
+    scale=(0.08, 1.0), interpolation="bicubic", jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, grey_p=0.2
+)
+_DINO = replace(_BYOL, scale=(0.4, 1.0))
 
 _PIRL = View(jitter=(0.4, 0.4, 0.4, 0.2), jitter_p=0.8, grey_p=0.2)
 
@@ -69,6 +72,9 @@ VIEWS: dict[str, View] = {
     "simclr_cifar": View(scale=(0.08, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grey_p=0.2),
     "byol_1": replace(_BYOL, blur_p=1.0),
     "byol_2": replace(_BYOL, blur_p=0.1, solarize_p=0.2),
+    "dino_1": replace(_DINO, blur_p=1.0),
+    "dino_2": replace(_DINO, blur_p=0.1, solarize_p=0.2),
+    "dino_small": replace(_BYOL, scale=(0.05, 0.4), blur_p=0.5, side=96 / 224),
     "sdclr_cifar": View(
         scale=(0.1, 1.0), interpolation="bicubic", jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grey_p=0.2
     ),

@@ -8,17 +8,17 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from isd_ray.errors import UserError, nearest
+from isd_ray.errors import UserError, nearest, shown
 from isd_ray.evaluate.transfer_sets import TRANSFER_SETS
 
 DEFAULT = ("knn1", "knn20", "knn200_weighted", "linear")
 FAMILIES = {  # pattern of the whole name -> family
-    r"knn([1-9]\d*)": "knn",
-    r"knn([1-9]\d*)_weighted": "knn_weighted",
+    r"knn([1-9]\d{0,8})": "knn",
+    r"knn([1-9]\d{0,8})_weighted": "knn_weighted",
     r"linear": "linear",
     r"linear_sdclr": "linear_sdclr",
     r"linear_bcl": "linear_bcl",
-    r"fewshot([1-9]\d*)": "fewshot",
+    r"fewshot([1-9]\d{0,8})": "fewshot",
     r"labels([1-9]\d?|100)": "labels",
     r"nmi": "nmi",
     r"ari": "ari",
@@ -50,8 +50,9 @@ def parse(name: str) -> Name:
             return Name(family, int(match[1]) if match.groups() else 0)
     sets = f", SET one of {', '.join(TRANSFER_SETS)}" if name.startswith("transfer") else ""
     raise UserError(
-        f"unknown protocol '{name}'.{nearest(name, EXAMPLES)} There are knnK, knnK_weighted, linear, linear_sdclr, "
-        f"linear_bcl, fewshotN, labelsP (percent), nmi, ari, transfer/SET{sets}"
+        f"unknown protocol {shown(name)}.{nearest(name, EXAMPLES)} There are knnK, knnK_weighted, "
+        f"linear, linear_sdclr, linear_bcl, fewshotN, labelsP (percent), nmi, ari, transfer/SET"
+        f"{sets}"
     )
 
 
@@ -81,7 +82,7 @@ def name_faults(names: Sequence[str]) -> list[str]:
     faults = [] if names else [f"no protocol is named: choose some of {', '.join(EXAMPLES)}"]
     for name in dict.fromkeys(names):
         if list(names).count(name) > 1:
-            faults.append(f"protocol '{name}' is named twice")
+            faults.append(f"protocol {shown(name)} is named twice")
         try:
             parse(name)
         except UserError as error:

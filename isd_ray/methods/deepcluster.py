@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from isd_ray.errors import UserError
-from isd_ray.methods.base import Method, Output, encoder, full_precision, spread, unit, width
+from isd_ray.methods.base import Method, Output, encoder, full_precision, multi_crop, spread, unit, width
 from isd_ray.models.heads import mlp
 from isd_ray.queue.clusters import spherical_kmeans
 
@@ -30,7 +30,9 @@ class DeepClusterV2(Method):
 
     Published for ImageNet: 3000 prototypes, LARS (lr 4.8 for batches of 4096, wd 1e-6), 2 x 224 and 6 x 96 px, and a
     pass before the first epoch that fills the bank. The CIFAR recipe of solo-learn: LARS lr .6, wd 1e-6, two views. The
-    defaults take fewer prototypes, and plain SGD.
+    defaults take fewer prototypes, and plain SGD. Two first centroids may be one image here (with
+    300 among 2,000, 21 were; the authors draw without repetition); after ten iterations all
+    clusters are in use.
     """
 
     uses_queue: ClassVar[bool] = False
@@ -88,7 +90,7 @@ class DeepClusterV2(Method):
     def forward(
         self, views: list[Tensor], index: Tensor, label: Tensor | None = None, diagnose: bool = False
     ) -> Output:
-        z = [unit(self.student(view)) for view in views]
+        z = [unit(x) for x in multi_crop(self.student, views)]
         target = self.bank.read_ids(index)  # b x clusterings
         with full_precision(index):
             loss = torch.stack([self.loss(x, target) for x in z]).mean()

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from isd_ray.config import Config, flatten, merge, option_names, resolve, validate
 from isd_ray.errors import UserError, listed, nearest, shown
 from isd_ray.evaluate.protocols import KNN
@@ -12,13 +14,14 @@ from isd_ray.sweep.constraints import Constraint, parse_constraint
 from isd_ray.sweep.space import (
     MOST_FAULTS,
     STATM,
-    TRIALS,
+    Budget,
     Dimension,
     Space,
     parse_dimension,
 )
 from isd_ray.train.learnable import check_learnable
 from isd_ray.train.trainer import FREE, FREE_SECTIONS
+from isd_ray.values import faults_of
 
 IMAGES = "data.size"  # in constraints: images of the pretraining set, those held out not counted
 OWN = {  # options that the sweep itself sets, and where the file says it
@@ -189,8 +192,10 @@ def _goal_faults(space: Space) -> Iterator[str]:
 
 def _budget_faults(space: Space) -> Iterator[str]:
     epochs, every, scheduler = space.budget.epochs, space.validation.every, space.scheduler
-    if space.budget.trials > TRIALS:
-        yield f"budget.trials {space.budget.trials:,}: at most {TRIALS:,} are taken"
+    try:
+        Budget(**space.budget.model_dump())  # --trials has been set since the file was read
+    except ValidationError as error:
+        yield from (f"budget.{fault}" for fault in faults_of(Budget, error))
     if every > epochs:
         yield f"validation.every {every}: a trial has {epochs} epochs"
     if scheduler.name == "none":

@@ -45,7 +45,12 @@ STATM = Path("/proc/self/statm")  # what a process takes of main memory; Linux h
 class Budget(Section):
     """How much is tried."""
 
-    trials: int = Field(12, ge=1, description="Settings that are tried, the default among them")
+    trials: int = Field(
+        12,
+        ge=1,
+        le=TRIALS,
+        description="Settings that are tried, the default among them",
+    )
     epochs: int = Field(16, ge=1, le=EPOCHS, description="Epochs of a whole trial")
     seeds: int = Field(
         1, ge=1, le=1000, description="Runs of a trial that is not stopped, with seeds 0, 1, ..."

@@ -155,7 +155,7 @@ def without_classifier(weights: dict[str, Tensor], network: nn.Module) -> dict[s
 
 
 def below(weights: Any, prefix: str) -> dict[str, Tensor]:
-    """Return the weights under a prefix, without it; {} where there are none, or no mapping of weights."""
+    """Return the weights under a prefix, without it; {} where there are none, or no mapping."""
     named = weights.items() if isinstance(weights, Mapping) else ()
     return {n.removeprefix(prefix): value for n, value in named if str(n).startswith(prefix)}
 

@@ -75,7 +75,7 @@ def asked(draw):
 
 
 def quota_of(scheme, options) -> list[int] | None:
-    """Images asked of each class where that can be said without the schemes' own code; None where not."""
+    """Images asked of each class where that shows without the schemes' own code, else None."""
     if scheme == "balanced" and options.get("of") is None:
         return [options["per_class"]] * 5
     if scheme == "counts" and options.get("class_order", "label") == "label":

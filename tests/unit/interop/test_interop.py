@@ -1,4 +1,4 @@
-"""Published checkpoints come in exactly; backbones go out in the same bytes, and are read elsewhere."""
+"""Published checkpoints come in exactly; backbones go out in the same bytes and load elsewhere."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""A file of weights that anybody may have made is loaded or refused in one line, and executes nothing."""
+"""A file of weights by anybody is loaded or refused in one line, and executes nothing."""
 
 import argparse
 import io
@@ -62,7 +62,7 @@ GOOD = {
 
 
 def read_every_way(path) -> list[str]:
-    """Read a file by all that read weights; returns what was said, each in one line that can be printed."""
+    """Read a file by all that read weights; returns what was said, each in one printable line."""
     options = {"teacher": str(path), "teacher_backbone": "resnet18"}
     tries = [
         lambda: load_isd_checkpoint(path, method()),

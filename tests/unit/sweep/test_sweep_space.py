@@ -218,3 +218,30 @@ def test_a_memory_limit_that_nobody_would_watch_is_refused(monkeypatch):
     assert "train.workers to 0" in faults(**limited, config={"train.workers": 2})
     monkeypatch.setattr("isd_ray.sweep.check.STATM", Path("/nowhere/statm"))
     assert "no /nowhere/statm here" in faults(**limited)
+
+
+def test_more_trials_than_anybody_runs_are_refused_also_from_the_command_line():
+    space = Space(**GOOD)
+    space.budget.trials = 10**9  # as --trials does
+    with pytest.raises(UserError, match=r"budget\.trials: .* less than or equal to 100000"):
+        check(space)
+
+
+def test_what_only_training_would_find_is_found_in_every_choice():
+    text = faults(space={"model.backbone": {"choice": ["resnet8", "resnet19"]}})
+    assert "space: --model.backbone resnet19" in text
+    assert "unknown backbone 'resnet19'" in text
+    assert "config: --model.backbone" in faults(**GOOD, config={"model.backbone": "resnet19"})
+
+
+@pytest.mark.parametrize(
+    "text", ["-" * 499 + "1", "(" * 250 + "1" + ")" * 249, "'\\d' == 'd'", "1 < 2 is 3", "a\0b"]
+)
+def test_odd_constraints_are_refused_or_read_without_a_word_of_python(text, recwarn):
+    said = ""
+    try:
+        parse_constraint(text)
+    except UserError as error:
+        said = str(error)
+    assert said.isprintable()
+    assert not recwarn.list

@@ -1,4 +1,4 @@
-"""A frozen teacher comes out of a run's folder whole, or what is wrong with the folder is said in one line."""
+"""A frozen teacher comes out of a run's folder whole, or one line says what is wrong with it."""
 
 import pytest
 import torch
