@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from isd_ray.errors import UserError, nearest
+from isd_ray.errors import UserError, nearest, printable
 
 TRIES = 10  # of torchvision's RandomResizedCrop before it falls back to a centre crop
 RATIO = (3 / 4, 4 / 3)
@@ -91,7 +91,9 @@ def get_views(views: Sequence[str | View]) -> list[View]:
     """Return the recipes of names (a View stands for itself). Raises UserError for an unknown name."""
     for view in views:
         if isinstance(view, str) and view not in VIEWS:
-            raise UserError(f"No view is named '{view}'.{nearest(view, VIEWS)} Known: {', '.join(VIEWS)}.")
+            raise UserError(
+                f"No view is named '{printable(view)}'.{nearest(view, VIEWS)} Known: {', '.join(VIEWS)}."
+            )
     return [VIEWS[view] if isinstance(view, str) else view for view in views]
 
 

@@ -54,6 +54,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Proxy
 
     def do_GET(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         kind = self.server.fault((self.command, self.path, self.headers.get("Range", "")))
         if kind == "no answer":
             return self._hang_up()
@@ -61,13 +62,13 @@ class Handler(BaseHTTPRequestHandler):
             return self._answer(int(kind.split()[1]), {"Content-Length": "0"}, b"")
         upstream = http.client.HTTPConnection(HOST, self.server.port, timeout=20)
         headers = {k: v for k, v in self.headers.items() if k.lower() != "connection"}
-        upstream.request(self.command, self.path, headers=headers)
+        upstream.request(self.command, self.path, body=body or None, headers=headers)
         answer = upstream.getresponse()
         kept = {k: v for k, v in answer.getheaders() if k.lower() not in ("connection", "date", "server")}
         self._answer(answer.status, kept, answer.read(), kind)
         upstream.close()
 
-    do_HEAD = do_GET
+    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
 
     def _answer(self, status: int, headers: dict[str, str], body: bytes, kind: str | None = None) -> None:
         self.send_response(status)
