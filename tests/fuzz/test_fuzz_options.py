@@ -1,6 +1,5 @@
 """Command lines: options that nobody has, values that nobody expects, names and places that lead elsewhere."""
 
-
 import pytest
 from damage import TEXTS, texts
 from doors import SECRET, knock
