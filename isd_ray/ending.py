@@ -110,7 +110,8 @@ def explain(error: BaseException) -> tuple[str, int]:
     if (line := of_memory(error) or of_ray(error)) is not None:
         return line, MACHINE
     if isinstance(error, OSError):
-        return f"{of_system(error)}; then {GOES_ON}", MISTAKE if error.errno in CHOICES else MACHINE
+        code = MISTAKE if numbered(error).errno in CHOICES else MACHINE
+        return f"{of_system(error)}; then {GOES_ON}", code
     return (
         f"this is a defect of isd_ray ({type(error).__name__}): please report it with the lines above",
         DEFECT,
@@ -127,8 +128,16 @@ def root_of(error: BaseException) -> BaseException:
     return error
 
 
+def numbered(error: OSError) -> OSError:
+    """Return the error with the system's number; Arrow leaves it out where a folder is read as a file."""
+    if error.errno is None and first_line(error).endswith(" is a directory"):
+        return OSError(errno.EISDIR, os.strerror(errno.EISDIR), error.filename)
+    return error
+
+
 def of_system(error: OSError) -> str:
     """Return what the operating system or a store refused, and the remedy."""
+    error = numbered(error)
     place = f"{os.fspath(error.filename)}: " if isinstance(error.filename, str | os.PathLike) else ""
     said = error.strerror or first_line(error)
     remedy = REMEDIES.get(error.errno or 0, "mend that")
@@ -172,5 +181,6 @@ def first_line(error: BaseException) -> str:
 
 def broken(place: str, error: OSError) -> UserError:
     """Return the error of a place that cannot be read or written: a wrong choice, or a failure of the machine."""
+    error = numbered(error)
     kind = UserError if error.errno in CHOICES else MachineError
     return kind(f"{place}: {of_system(OSError(error.errno, error.strerror or first_line(error)))}")

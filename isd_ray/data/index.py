@@ -83,31 +83,44 @@ def read_index(uri: str) -> pa.Table:
     path = uri if has_suffix(uri, ".parquet") else join(uri, FILE_NAME)
     said = printable(path)
     try:
-        table = _parse(_content(path))
-        meta = _metadata(table, f"'{said}'")
-        if meta["format"] != FORMAT:
-            raise UserError(
-                f"'{said}' has index format {printable(str(meta['format']))[:40]}, this version reads {FORMAT}: "
-                "make it again"
-            )
-        names = meta["classes"]
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError("its class names are no list of names")
-        table = table.select(SCHEMA.names).cast(SCHEMA)
-        table.validate(full=True)
+        table = parse_index(_content(path))
     except FileNotFoundError:
         raise UserError(
             f"no index at '{said}': make one with `python jobs/make_shards.py --index-only {printable(uri)}`"
         ) from None
     except OSError as error:
         raise broken(said, error) from error
-    except (pa.ArrowException, LookupError, ValueError, TypeError, RecursionError) as error:
+    except NoIndexError as error:
+        raise UserError(f"'{said}' {error}: make the index again") from error
+    return with_metadata(table, parent(path), classes(table))
+
+
+class NoIndexError(ValueError):
+    """Bytes that are no index, or a damaged one; the message goes on where the name of a file ends."""
+
+
+def parse_index(content: bytes) -> pa.Table:
+    """Return the index that a Parquet file holds, with the root that it states; raises NoIndexError."""
+    try:
+        table = _parse(content)
+        meta = _metadata(table)
+        if meta["format"] != FORMAT:
+            there = printable(str(meta["format"]))[:40]
+            raise NoIndexError(f"has index format {there}, this version reads {FORMAT}")
+        names, place = meta["classes"], meta["root"]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in (*names, place)):
+            raise ValueError("its class names are no list of names, or its root is none")
+        table = table.select(SCHEMA.names).cast(SCHEMA)
+        table.validate(full=True)
+    except NoIndexError:
+        raise
+    except (UserError, pa.ArrowException, LookupError, ValueError, TypeError, RecursionError) as error:
         reason = printable((str(error).splitlines() or [""])[0])[:300]
-        raise UserError(f"'{said}' is not a readable index: {reason}") from error
+        raise NoIndexError(f"is not a readable index ({reason})") from error
     if meta.get(CHECKSUM) not in (None, _checksum(table, names)):
-        raise UserError(f"'{said}' is damaged: it has changed since it was written; make the index again")
-    _check_index(table, names, said)
-    return with_metadata(table, parent(path), names)
+        raise NoIndexError("is damaged: it has changed since it was written")
+    _check_index(table, names)
+    return with_metadata(table, place, names)
 
 
 def _content(path: str) -> bytes:
@@ -158,29 +171,22 @@ def _add(digest: Any, values: pa.ChunkedArray) -> None:
         digest.update(np.ascontiguousarray(chunk.to_numpy(zero_copy_only=False)))
 
 
-def _check_index(table: pa.Table, names: Sequence[str], path: str) -> None:
+def _check_index(table: pa.Table, names: Sequence[str]) -> None:
     """Refuse an index that points outside of its folder, lacks values, or has labels without a name.
 
     Ranges are not looked at: one that is wrong gives a broken image where it is read.
     """
     for column in ("shard", "key", "offset", "size"):
         if table[column].null_count:
-            raise UserError(
-                f"'{path}' lacks {table[column].null_count} values of '{column}': make the index again"
-            )
+            raise NoIndexError(f"lacks {table[column].null_count} values of '{column}'")
     for shard in table["shard"].unique().to_pylist():
-        if (
-            "://" in shard
-            or shard.startswith("/")
-            or "\0" in shard
-            or {"", ".", ".."} & set(shard.split("/"))
-        ):
-            raise UserError(
-                f"'{path}' names the shard '{printable(shard[:200])}', which is no place in its folder: make it again"
-            )
+        outside = "://" in shard or shard.startswith("/") or "\0" in shard
+        if outside or {"", ".", ".."} & set(shard.split("/")):
+            said = printable(shard[:200])
+            raise NoIndexError(f"names the shard '{said}', which is no place in its folder")
     top = int(labels(table).max(initial=-1))
     if top >= len(names):
-        raise UserError(f"'{path}' has label {top} and {len(names)} class names: make the index again")
+        raise NoIndexError(f"has label {top} and {len(names)} class names")
 
 
 def write_index(table: pa.Table, uri: str) -> None:

@@ -22,12 +22,14 @@ from webdataset.writer import TarWriter
 
 from isd_ray.data import files, index, scan
 from isd_ray.data.decode import MAX_BYTES, open_header
+from isd_ray.data.headers import BLOCK
 from isd_ray.data.parallel import run_tasks
 from isd_ray.data.samples import Sample, Source
 from isd_ray.data.sources import open_source
 from isd_ray.errors import MachineError, UserError, printable
 
-MANIFEST = "make_shards.json"
+MANIFEST, BAD = "make_shards.json", "bad_samples.jsonl"
+WRITTEN = (index.FILE_NAME, BAD)  # besides tars
 _EXTENSION = {
     "JPEG": "jpg",
     "MPO": "jpg",
@@ -133,7 +135,7 @@ def write_bad(bad: Sequence[dict], folder: str) -> None:
     """
     if bad:
         lines = "".join(json.dumps(b) + "\n" for b in bad)
-        files.write_text(files.join(folder, "bad_samples.jsonl"), lines)
+        files.write_text(files.join(folder, BAD), lines)
 
 
 def unique_keys(names: Sequence[str]) -> list[str]:
@@ -201,10 +203,13 @@ def _claim(folder: str, description: dict) -> None:
                 )
             )
     else:
-        if files.exists(folder) and files.list_files(folder, [".tar"]):
+        names = files.list_files(folder, [".tar", *WRITTEN]) if files.exists(folder) else []
+        if theirs := [name for name in names if name.endswith(".tar") or name in WRITTEN]:
             raise UserError(
-                f"'{printable(folder)}' holds tars that make_shards did not write: give another --out or "
-                "--index-only"
+                printable(
+                    f"'{folder}' holds {theirs[0]}, which make_shards did not write: give another --out; tars "
+                    "are indexed with --index-only"
+                )
             )
         text = json.dumps(description, indent=1) + "\n"
         files.write_text(place, text)
@@ -235,7 +240,7 @@ def _make_one(source: Source, keys: list[str], uri: str) -> tuple[pa.Table, list
     Where no sample is good there is no shard: a tar without a sample would count as damaged ever
     after.
     """
-    kept = _whole(uri, len(keys))
+    kept = _whole(uri, keys)
     if kept is not None:
         return kept, []
     name, result = posixpath.basename(files.path_of(uri)), []
@@ -254,13 +259,24 @@ class _NoSample(Exception):
         self.bad = bad
 
 
-def _whole(uri: str, samples: int) -> pa.Table | None:
-    """Return the index of a finished shard; None where it is missing, damaged or lacks samples."""
-    filesystem, path = files.open_filesystem(uri)
+def _whole(uri: str, keys: list[str]) -> pa.Table | None:
+    """Return the index of a finished shard; None where it is missing, damaged or lacks samples.
+
+    Raises UserError for a tar of other samples: it is somebody's own.
+    """
     if not files.exists(uri):
         return None
+    filesystem, path = files.open_filesystem(uri)
     table, bad = index.index_shard(filesystem, path)
-    return table if not bad and len(table) == samples else None
+    found = {*table["key"].to_pylist(), *(b["key"] for b in bad if b["key"] is not None)}
+    if not found <= set(keys) or not (found or _is_blank(uri)):
+        raise UserError(printable(f"'{uri}' is no tar that make_shards wrote there: move it away"))
+    return table if not bad and len(table) == len(keys) else None
+
+
+def _is_blank(uri: str) -> bool:
+    """Tell whether a file begins with nothing: one that a power cut has left empty, or full of zeros."""
+    return not any(files.read_bytes(uri, most=BLOCK))
 
 
 def _write(source: Source, keys: list[str], path: str, shard: str) -> tuple[pa.Table, list[dict]]:

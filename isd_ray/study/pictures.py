@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from sklearn.decomposition import PCA
@@ -26,12 +25,21 @@ from isd_ray.evaluate.knn import neighbours
 from isd_ray.methods.base import Method, StudentTeacher
 from isd_ray.study.spec import Pictures
 from isd_ray.train.evaluation import choose_bank
-from isd_ray.train.folder import RunFolder, load_checkpoint
+from isd_ray.train.folder import RunFolder, load_checkpoint, read_table
 from isd_ray.train.state import build_state
 
 FILE = "pictures.npz"
 LARGEST = 64  # pixels of a side that are kept
 Arrays = dict[str, np.ndarray]
+FORMS = {  # kinds of numbers, and axes: queries, neighbours, colours, sides, points
+    "query_image": ("u", "qcss"), "query_label": ("iu", "q"), "near_image": ("u", "qkcss"),
+    "near_label": ("iu", "qk"), "near_similarity": ("f", "qk"), "map_place": ("f", "n2"),
+    "map_label": ("iu", "n"),
+}  # fmt: skip
+ANCHOR_FORMS = {
+    "anchor_image": ("u", "qacss"), "anchor_label": ("iu", "qa"), "anchor_probability": ("f", "qa"),
+    "anchor_temperature": ("f", ""),
+}  # fmt: skip
 
 
 def make_pictures(
@@ -54,20 +62,46 @@ def make_pictures(
     found |= nearest_images(method, config, bank, queries[0], wanted, device)
     found |= map_of(method, config, test, wanted, device)
     if isinstance(method, StudentTeacher) and saved["queue"] is not None:
-        selection = pq.read_table(io.BytesIO(folder.read("selection.parquet")))
+        selection = read_table(folder, "selection.parquet")
         found |= top_anchors(method, config, saved["queue"], selection, queries[0], wanted.anchors, device)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, wanted=np.array(wanted.model_dump_json()), **found)  # type: ignore[arg-type]
     folder.write(FILE, buffer.getvalue())
 
 
-def read_pictures(folder: RunFolder, wanted: Pictures) -> Arrays | None:
-    """Return the arrays of a run; None where there are none, or others than are wanted now."""
+def read_pictures(folder: RunFolder, wanted: Pictures, classes: int) -> Arrays | None:
+    """Return the arrays of a run over so many classes.
+
+    None where there are none, others than are wanted now, or damaged ones: all are made anew.
+    """
     if not folder.exists(FILE):
         return None
-    with np.load(io.BytesIO(folder.read(FILE)), allow_pickle=False) as content:
-        arrays = {name: content[name] for name in content.files}
-    return arrays if str(arrays.pop("wanted")) == wanted.model_dump_json() else None
+    content = io.BytesIO(folder.read(FILE))
+    try:
+        with np.load(content, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except Exception:  # numpy and zipfile raise nearly anything on damaged bytes
+        return None
+    known = str(arrays.pop("wanted", None)) == wanted.model_dump_json()
+    return arrays if known and _fit_together(arrays, classes) else None
+
+
+def _fit_together(arrays: Arrays, classes: int) -> bool:
+    """Tell whether all arrays are there, as many as there are queries and points, with labels below `classes`."""
+    forms = FORMS | (ANCHOR_FORMS if "anchor_image" in arrays else {})
+    if not all(name in arrays and arrays[name].dtype.kind in kinds for name, (kinds, _) in forms.items()):
+        return False
+    sizes = {"c": 3, "2": 2}
+    for name, (_, axes) in forms.items():
+        shape = arrays[name].shape
+        if len(shape) != len(axes) or any(
+            sizes.setdefault(axis, size) != size for axis, size in zip(axes, shape, strict=True)
+        ):
+            return False
+    labels = [arrays[name] for name in ("query_label", "map_label")]
+    points = [arrays[name] for name in forms if arrays[name].dtype.kind == "f"]
+    within = all(((x >= 0) & (x < classes)).all() for x in labels)
+    return within and all(np.isfinite(x).all() for x in points)
 
 
 def load_trained(config: Config, folder: RunFolder, device: str) -> tuple[Method, dict[str, Any]]:

@@ -115,7 +115,8 @@ def _sheets(outcome: Outcome, setting: Setting, folder: RunFolder) -> Iterator[B
     for method in outcome.methods:
         for cell in shown(outcome.plan):
             if (cell.setting, cell.method) == (setting, method):
-                arrays = read_pictures(cell_folder(folder, cell), outcome.plan.study.pictures)
+                classes = len(outcome.plan.facts[cell.subset].names)
+                arrays = read_pictures(cell_folder(folder, cell), outcome.plan.study.pictures, classes)
                 drawn |= {} if arrays is None else {method: arrays}
                 subset = cell.subset
     if not drawn:
@@ -172,6 +173,7 @@ def _protocol(outcome: Outcome) -> Table:
     rows = [
         [name, ", ".join(f"{k} {v}" for k, v in protocol[name].items())]
         for name in [*names, "bank", "test", "features"]
+        if name in protocol
     ]
     note = "Last epoch. Of the first cell; the seed of ties is that of the run."
     return Table("Protocol", ["what", "how"], rows, note, texts=2)

@@ -1,7 +1,6 @@
 """What the cells of a study measured: scores by group, one tidy table, and the pairs that tests compare."""
 
 import io
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,19 +9,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 from isd_ray.config import flatten
+from isd_ray.errors import UserError
 from isd_ray.evaluate.groups import means
 from isd_ray.evaluate.names import parse as parse_name
 from isd_ray.study.check import PASSES, Plan
 from isd_ray.study.spec import Cell, Setting
 from isd_ray.study.work import RESULT, cell_folder
-from isd_ray.train.failure import FAILURE
-from isd_ray.train.folder import RunFolder
-from isd_ray.train.validation import Row, read_rows
+from isd_ray.train.failure import read_failure
+from isd_ray.train.folder import Row, RunFolder, read_lines, saved_config
+from isd_ray.train.progress import METRICS
+from isd_ray.train.result import read_result
+from isd_ray.train.validation import read_rows
 
-FILE = "results.parquet"
+FILE, SPEED = "results.parquet", "images_per_second"
 ALL, CLASS_MEAN, STD = "all", "class_mean", "std"
 SPREAD = {
     "rankme": "dimensions",
@@ -43,11 +44,9 @@ class Run:
 
     @cached_property
     def rows(self) -> list[Row]:
-        """Rows of metrics.jsonl."""
-        if not self.folder.exists("metrics.jsonl"):
-            return []
-        lines = self.folder.read("metrics.jsonl").decode().splitlines()
-        return [json.loads(line) for line in lines]
+        """Rows of metrics.jsonl, but for those without a loss and a speed."""
+        rows = read_lines(self.folder, METRICS)
+        return [row for row in rows if row.get("loss") is not None and (row.get(SPEED) or 0) > 0]
 
     @cached_property
     def validation(self) -> list[Row]:
@@ -57,7 +56,7 @@ class Run:
     @cached_property
     def config(self) -> dict[str, Any]:
         """Options by dotted name, of a run that was started."""
-        return flatten(yaml.safe_load(self.folder.read("config.yaml")))
+        return flatten(saved_config(self.folder).model_dump())
 
     def per_class(self, metric: str) -> list[float | None] | None:
         """Accuracy of each class of the data set [C] in %; None where `network.metric` has none or was not measured."""
@@ -88,13 +87,13 @@ class Run:
             return {}
         batch, seconds, before = self.config["train.batch_size"], 0.0, 0
         for row in self.rows:
-            seconds += (row["step"] - before) * batch / row["images_per_second"]
+            seconds += (row["step"] - before) * batch / row[SPEED]
             before = row["step"]
         cuda = self.config["train.device"] == "cuda"
         share = self.config["train.gpus_per_worker"] if cuda else self.config["train.threads"]
         passes = sum(self.result["cost"][name] for name in PASSES)
         return {
-            "images_per_second": self.result["images_per_second"],
+            SPEED: self.result[SPEED],
             "gpu_hours" if cuda else "cpu_hours": seconds
             / 3600
             * max(self.config["train.workers"], 1)
@@ -179,9 +178,13 @@ def collect(plan: Plan, folder: RunFolder) -> Outcome:
     runs = []
     for cell in plan.cells:
         run = cell_folder(folder, cell)
-        result = run.read_json(RESULT) if run.exists(RESULT) else None
-        failure = run.read_json(FAILURE)["reason"] if run.exists(FAILURE) else None
-        runs.append(Run(cell, run, result, failure, plan.grouping(cell.subset)))
+        result = read_result(run) if run.exists(RESULT) else None
+        if result is not None and len(result["classes"]) != len(plan.facts[cell.subset].names):
+            raise UserError(
+                f"{run.place(RESULT)} has {len(result['classes'])} classes, the data set has "
+                f"{len(plan.facts[cell.subset].names)}; remove that file to measure anew"
+            )
+        runs.append(Run(cell, run, result, read_failure(run), plan.grouping(cell.subset)))
     return Outcome(plan, runs)
 
 

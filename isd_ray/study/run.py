@@ -17,6 +17,7 @@ from isd_ray.study.check import Plan, check
 from isd_ray.study.spec import Cell
 from isd_ray.train.claim import claimed
 from isd_ray.train.folder import RunFolder
+from isd_ray.train.result import read_result
 from isd_ray.train.trainer import run_uri
 
 
@@ -104,7 +105,7 @@ class _Board:
 
     def numbers(self, cell: Cell) -> str:
         """Return the study's metrics of a finished cell as text."""
-        result = work.cell_folder(self.folder, cell).read_json(work.RESULT)
+        result = read_result(work.cell_folder(self.folder, cell))
         parts = []
         for metric in self.plan.study.metrics:
             network, name = metric.split(".")

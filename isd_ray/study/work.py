@@ -11,7 +11,8 @@ import torch
 from isd_ray.config import Config, validate
 from isd_ray.data.catalog import Splits
 from isd_ray.ending import why_it_died
-from isd_ray.errors import MachineError, UserError
+from isd_ray.errors import MachineError, UserError, listed
+from isd_ray.errors import shown as shown_value
 from isd_ray.room import DRIVER_CPUS
 from isd_ray.study.check import Plan
 from isd_ray.study.faults import Faults
@@ -20,7 +21,7 @@ from isd_ray.study.spec import Cell, Pictures
 from isd_ray.study.subsets import opener
 from isd_ray.train.cluster import WorkerDied, release_orphans
 from isd_ray.train.failure import FAILURE, leave_failure
-from isd_ray.train.folder import RunFolder, read_saved
+from isd_ray.train.folder import RunFolder, saved_config
 from isd_ray.train.trainer import check_same, prepare_run, run_prepared
 
 RESULT = "result.json"
@@ -69,6 +70,8 @@ def check_cells(plan: Plan, folder: RunFolder) -> None:
     for cell in plan.cells:
         run = cell_folder(folder, cell)
         if not run.exists("config.yaml"):
+            if run.exists(RESULT):
+                faults.add("config.yaml is gone; put it back, or remove that folder", run.uri)
             continue
         config = plan.config(cell, cells_folder(folder))
         try:
@@ -78,12 +81,15 @@ def check_cells(plan: Plan, folder: RunFolder) -> None:
             continue
         if run.exists(RESULT):
             now = config.evaluate.model_dump(exclude=set(HOW_FAST))
-            saved = validate({"evaluate": read_saved(run).get("evaluate", {})})
-            before = saved.evaluate.model_dump()
-            changed = [f"evaluate.{k} was {before[k]!r}, now {v!r}" for k, v in now.items() if before[k] != v]
+            before = saved_config(run).evaluate.model_dump()
+            changed = [
+                f"evaluate.{k} was {shown_value(before[k])}, now {shown_value(v)}"
+                for k, v in now.items()
+                if before[k] != v
+            ]
             if changed:
                 faults.add(
-                    f"it was measured otherwise ({'; '.join(changed)}); remove its {RESULT} to measure anew",
+                    f"it was measured otherwise ({listed(changed)}); remove its {RESULT} to measure anew",
                     run.uri,
                 )
     faults.raise_if_any()
@@ -94,7 +100,8 @@ def jobs(plan: Plan, folder: RunFolder) -> list[Job]:
     wanted, left = set(shown(plan)), []
     for cell in plan.cells:
         run = cell_folder(folder, cell)
-        draw = cell in wanted and read_pictures(run, plan.study.pictures) is None
+        classes = len(plan.facts[cell.subset].names)
+        draw = cell in wanted and read_pictures(run, plan.study.pictures, classes) is None
         if draw or not run.exists(RESULT):
             left.append(Job(cell, draw))
     return left

@@ -13,7 +13,7 @@ from isd_ray.config import merge, resolve, to_yaml
 from isd_ray.errors import UserError
 from isd_ray.sweep.check import Plan
 from isd_ray.sweep.search import Search, trial_uri
-from isd_ray.train.failure import FAILURE
+from isd_ray.train.failure import read_failure
 from isd_ray.train.folder import RunFolder
 from isd_ray.train.validation import read_rows
 
@@ -147,8 +147,8 @@ def _trial(search: Search, frozen: FrozenTrial) -> Trial:
             curves[seed] = [(row["epoch"], [row.get(goal) for goal in goals]) for row in rows]
         if (reached := search.goals_of(frozen.number, seed)) is not None:
             runs[seed] = reached
-        if folder.exists(FAILURE):
-            failures.append(f"seed {seed}: {folder.read_json(FAILURE)['reason']}")
+        if (failure := read_failure(folder)) is not None:
+            failures.append(f"seed {seed}: {failure}")
     reason = attributes.get("failed") or ("; ".join(failures) or None)
     state = "running" if frozen.state == TrialState.RUNNING else "finished"
     state = "stopped" if "stopped" in attributes else "failed" if "failed" in attributes else state

@@ -24,7 +24,7 @@ from isd_ray.sweep.check import Plan
 from isd_ray.sweep.search import DONE, Job, Search
 from isd_ray.sweep.trial import run_config, run_job
 from isd_ray.train.cluster import new_notes, release_orphans, remove_notes
-from isd_ray.train.failure import FAILURE
+from isd_ray.train.failure import read_failure
 from isd_ray.train.folder import RunFolder
 from isd_ray.train.trainer import open_splits, prepare_run
 from isd_ray.train.validation import Row
@@ -193,6 +193,6 @@ class _Stop(FIFOScheduler):
     def on_trial_error(self, controller: Any, trial: Any) -> None:
         """A process died: find out why before the search is told."""
         job = self.jobs.by_trial[trial.trial_id]
-        left = [f for s in job.seeds if (f := self.jobs.search.run_folder(job.number, s)).exists(FAILURE)]
-        reason = left[0].read_json(FAILURE)["reason"] if left else why_it_died(last_error(trial))
-        self.jobs.lost[trial.trial_id] = reason
+        folders = (self.jobs.search.run_folder(job.number, seed) for seed in job.seeds)
+        left = next((reason for f in folders if (reason := read_failure(f)) is not None), None)
+        self.jobs.lost[trial.trial_id] = why_it_died(last_error(trial)) if left is None else left

@@ -9,13 +9,17 @@ broken images) and `embeddings.json`, which says what they are of; a part appear
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs
 import pyarrow.parquet as pq
 import ray
 import torch
@@ -28,12 +32,15 @@ from isd_ray.data.cache import ordered_ranges
 from isd_ray.data.dataset import read_through
 from isd_ray.data.parallel import Progress
 from isd_ray.data.plan import require_side
+from isd_ray.data.store import StoredFile
 from isd_ray.data.stream import centre_shape, good_images
-from isd_ray.errors import UserError
+from isd_ray.errors import UserError, harmless
 from isd_ray.models.frozen import fingerprint
+from isd_ray.train.folder import RunFolder, is_count
 
 PART_ROWS = 8192
 MANIFEST = "embeddings.json"
+OF_IMAGES = ["shard", "key", "label"]  # columns of a part besides those of networks
 DTYPES = {"float32": np.float32, "float16": np.float16}
 
 
@@ -112,7 +119,10 @@ def embed(
     bad = BadImages(table, max_bad)
     claim(uri, describe(table, networks, view, dtype))
     parts = range(math.ceil(table.num_rows / PART_ROWS))
-    missing = [i for i in parts if not files.exists(files.join(uri, part_name(i)))]
+    there = [i for i in parts if files.exists(files.join(uri, part_name(i)))]
+    for i in there:
+        check_part(files.join(uri, part_name(i)), [*OF_IMAGES, *networks])
+    missing = sorted(set(parts) - set(there))
     rows = np.concatenate([np.empty(0, np.int64), *(part_rows(i, table) for i in missing)])
     with Progress("images", len(rows), quiet) as progress:
         blocks = (progress.add(b, _rows_of) for b in _blocks(table, rows, networks, view, compute))
@@ -174,9 +184,7 @@ def _by_part(blocks: Iterator[Block], parts: list[int], table: pa.Table) -> Iter
 
 
 def _part(table: pa.Table, columns: Block, names: list[str], dtype: str) -> pa.Table:
-    part = (
-        table.select(["shard", "key", "label"]).take(pa.array(columns["row"])).replace_schema_metadata(None)
-    )
+    part = table.select(OF_IMAGES).take(pa.array(columns["row"])).replace_schema_metadata(None)
     for name in names:
         with np.errstate(over="ignore"):
             x = columns[name].astype(DTYPES[dtype])
@@ -238,18 +246,38 @@ def rows_digest(table: pa.Table) -> str:
 
 
 def claim(uri: str, description: dict[str, Any]) -> None:
-    """Say in the folder what its parts are of; raises UserError where it holds something else."""
-    place = files.join(uri, MANIFEST)
-    if files.exists(place):
-        there = json.loads(files.read_bytes(place))
+    """Say in the folder what its parts are of; raises UserError where it holds something else, or other files."""
+    folder = RunFolder(uri)
+    if folder.type() == pa.fs.FileType.File:
+        raise UserError(f"'{uri}' is a file: give a folder")
+    if folder.exists(MANIFEST):
+        there = read_manifest(uri)
         differing = [key for key in description if there.get(key) != description[key]]
         if differing:
             raise UserError(
                 f"'{uri}' holds embeddings that differ in {', '.join(differing)}: give another folder or delete it"
             )
     else:
-        files.write_text(place, json.dumps(description, indent=1) + "\n")
+        others = [name for name in folder.names(files=False) if not files.OURS.fullmatch(name)]
+        if others:
+            raise UserError(
+                f"'{uri}' is not empty ({harmless(', '.join(others))}) and holds no embeddings: give another folder"
+            )
+        files.write_text(files.join(uri, MANIFEST), json.dumps(description, indent=1) + "\n")
     files.remove_stale_parts(uri)
+
+
+def read_manifest(uri: str) -> dict[str, Any]:
+    """Return what a folder says that its parts are of; raises UserError where it does not, or is damaged."""
+    place = files.join(uri, MANIFEST)
+    try:
+        there = json.loads(files.read_bytes(place))
+    except (ValueError, RecursionError):
+        there = None
+    sizes = [there.get(name) for name in ("images", "part_rows")] if isinstance(there, dict) else [None]
+    if not all(map(is_count, sizes)) or not sizes[-1]:
+        raise UserError(f"'{place}' is damaged: delete that folder, and the same command makes it anew")
+    return there
 
 
 # -- reading -------------------------------------------------------------------------------------------------
@@ -257,19 +285,63 @@ def claim(uri: str, description: dict[str, Any]) -> None:
 
 def part_uris(uri: str) -> list[str]:
     """Return the parts of a folder of embeddings in order; raises UserError where some are missing."""
-    description = json.loads(files.read_bytes(files.join(uri, MANIFEST)))
+    description = read_manifest(uri)
     number = math.ceil(description["images"] / description["part_rows"])
-    found = [files.join(uri, part_name(i)) for i in range(number)]
-    missing = number - len(set(files.list_files(uri, [".parquet"])) & {part_name(i) for i in range(number)})
+    numbers = (re.fullmatch(r"part-(\d{6,})\.parquet", name) for name in files.list_files(uri, [".parquet"]))
+    there = {int(found[1]) for found in numbers if found}
+    missing = number - sum(i < number for i in there)
     if missing:
         raise UserError(f"'{uri}' lacks {missing} of {number} parts: compute the embeddings to the end")
-    return found
+    return [files.join(uri, part_name(i)) for i in range(number)]
+
+
+@contextmanager
+def _opened(uri: str) -> Iterator[pq.ParquetFile]:
+    """Open a part; what is wrong with it is a UserError that says what to do."""
+    filesystem, path = files.open_filesystem(uri)
+    try:
+        with StoredFile(filesystem, path) as file:
+            part = pq.ParquetFile(file)
+            if part.metadata.num_rows > PART_ROWS:
+                raise ValueError(f"it claims {part.metadata.num_rows} rows, a part has {PART_ROWS} at most")
+            yield part
+    except (pa.ArrowException, OSError, LookupError, ValueError) as error:
+        reason = harmless(str(error) or type(error).__name__, 200)
+        raise UserError(
+            f"'{uri}' is damaged ({reason}): remove that file, and the same command makes it anew"
+        ) from None
+
+
+def check_part(uri: str, columns: list[str]) -> None:
+    """Look at the names of a part's columns, not at its numbers; raises UserError as `read_part` does."""
+    with _opened(uri) as part:
+        missing = [name for name in columns if name not in part.schema_arrow.names]
+        if missing:
+            raise ValueError(f"it has no {', '.join(missing)}")
 
 
 def read_part(uri: str, columns: list[str]) -> pa.Table:
-    """Read columns of one part."""
-    filesystem, path = files.open_filesystem(uri)
-    return pq.read_table(path, columns=columns, filesystem=filesystem)
+    """Read columns of one part: `label`, int, and networks; raises UserError where the file is damaged."""
+    with _opened(uri) as part:
+        table = part.read(columns)
+        table.validate(full=True)
+        for name in columns:
+            _require_type(name, table[name])
+    return table
+
+
+def _require_type(name: str, column: pa.ChunkedArray) -> None:
+    """Raise ValueError where a column is not of its kind: labels, or vectors of one length."""
+    kind = column.type
+    if name == "label":
+        good = pa.types.is_integer(kind)
+    else:
+        good = pa.types.is_fixed_size_list(kind) and pa.types.is_floating(kind.value_type)
+        good = (
+            good and kind.list_size > 0 and not column.null_count and not pc.list_flatten(column).null_count
+        )
+    if not good:
+        raise ValueError(f"the column '{name}' is {kind}")
 
 
 def vectors(column: pa.ChunkedArray) -> Tensor:
@@ -286,4 +358,9 @@ def read_labels(uri: str) -> Tensor:
 
 def read_vectors(uri: str, name: str) -> Tensor:
     """Return the embeddings of one network, float32 [n, d], in index order."""
-    return torch.cat([vectors(read_part(part, [name])[name]) for part in part_uris(uri)])
+    parts = [vectors(read_part(part, [name])[name]) for part in part_uris(uri)]
+    if len({part.shape[1] for part in parts}) != 1:
+        raise UserError(
+            f"'{uri}' has no parts, or parts of several widths: delete that folder, and start again"
+        )
+    return torch.cat(parts)

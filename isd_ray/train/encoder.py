@@ -1,7 +1,7 @@
 """Embeddings of any image set by any trained backbone: a run's student or teacher, or a file of weights."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 import ray
@@ -18,7 +18,7 @@ from isd_ray.errors import UserError
 from isd_ray.models.backbones import build_backbone, check_size
 from isd_ray.train.cluster import default_threads
 from isd_ray.train.embedding import PART_ROWS, CentreView, Compute, embed
-from isd_ray.train.folder import RunFolder, load_checkpoint, read_saved
+from isd_ray.train.folder import RunFolder, load_checkpoint, saved_config
 from isd_ray.train.teacher import RUN_PREFIX, below, without_classifier
 from isd_ray.weight_files import read_safetensors
 
@@ -34,22 +34,18 @@ class Encoder(NamedTuple):
 
 def from_run(uri: str, network: str = "student", checkpoint: str | None = None) -> Encoder:
     """Load student or teacher of a run, from its newest or the named checkpoint; raises UserError where it has none."""
-    options, folder = run_options(uri), RunFolder(uri)
+    folder = RunFolder(uri)
+    config = saved_config(folder)
     saved = load_checkpoint(folder, checkpoint)
     if saved is None:
         raise UserError(f"{folder.uri}: no checkpoint yet; train the run first")
     weights = below(saved["method"], RUN_PREFIX[network])
     if not weights:
         raise UserError(f"--network {network}: the run {folder.uri} trained no such network")
-    model, data = options["model"], options["data"]
-    backbone = build_backbone(model["backbone"], model["stem"], data["image_size"])
+    model, data = config.model, config.data
+    backbone = build_backbone(model.backbone, model.stem, data.image_size)
     interop.load_weights(backbone, weights, folder.uri)
-    return Encoder(backbone, CentreView(data["image_size"], tuple(data["mean"]), tuple(data["std"])))
-
-
-def run_options(uri: str) -> dict[str, Any]:
-    """Return the saved options of a run; raises UserError where there is no run."""
-    return read_saved(RunFolder(uri))
+    return Encoder(backbone, CentreView(data.image_size, tuple(data.mean), tuple(data.std)))
 
 
 def from_weights(
@@ -98,8 +94,8 @@ def images_of(
     elif run is not None:
         from isd_ray.train.trainer import open_splits
 
-        places = {"data.root": root} if root else {}
-        table = getattr(open_splits(validate(merge(run_options(run), places))), split)
+        saved, places = saved_config(RunFolder(run)).model_dump(), {"data.root": root} if root else {}
+        table = getattr(open_splits(validate(merge(saved, places))), split)
     else:
         raise UserError("which images? give --shards, the folder of an index, or --dataset and --root")
     if table is None:

@@ -148,6 +148,10 @@ def score_features(
         return search_parts(places.bank, name, len(bank_labels), queries, k, max(workers, 1))
 
     bank = read_vectors(places.bank, name) if fits else None
+    if bank is not None and bank.shape[1] != test.shape[1]:
+        raise UserError(
+            f"features of '{name}' in {places.bank} and {places.test} differ in width: delete both folders"
+        )
     options = options | {"search": search if workers > 1 or not fits else None}
     return evaluate_features(bank, bank_labels, test, read_labels(places.test), **options), test
 

@@ -3,6 +3,7 @@
 import traceback
 
 from isd_ray.ending import DEFECT, explain, first_line
+from isd_ray.errors import UserError
 from isd_ray.train.folder import RunFolder
 
 FAILURE = "failure.json"
@@ -13,6 +14,18 @@ def leave_failure(folder: RunFolder, error: Exception) -> str:
     reason = reason_of(error)
     folder.write_json(FAILURE, {"reason": reason, "traceback": traceback.format_exc()})
     return reason
+
+
+def read_failure(folder: RunFolder) -> str | None:
+    """Return why a run failed, as it stands in its folder; None where it did not."""
+    if not folder.exists(FAILURE):
+        return None
+    try:
+        found = folder.read_json(FAILURE)
+    except UserError as error:
+        return str(error)
+    reason = found.get("reason") if isinstance(found, dict) else None
+    return reason if isinstance(reason, str) else f"{folder.place(FAILURE)} does not say why"
 
 
 def reason_of(error: Exception) -> str:

@@ -15,14 +15,18 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.fs
 import torch
-import yaml
 
+from isd_ray.config import Config, merge, validate
 from isd_ray.data.files import absolute, join, open_filesystem, path_of
+from isd_ray.data.index import NoIndexError, parse_index
 from isd_ray.data.store import retry
 from isd_ray.ending import broken
 from isd_ray.errors import UserError, printable
+from isd_ray.yaml_files import parse_mapping
 
 T = TypeVar("T")
+Row = dict[str, Any]
+LARGEST = 2**53  # beyond it floats skip whole numbers
 
 
 class RunFolder:
@@ -122,51 +126,79 @@ class RunFolder:
             raise broken(self.place(name), error) from None
 
 
-def read_lines(folder: RunFolder, name: str) -> list[dict[str, Any]]:
-    """Return the objects of a file of JSON lines; a line that a kill has torn is left out, no file has none."""
+PUT_BACK = "put it back as it was, or choose another --name"
+REMEDY = {"result.json": "remove that file, and the same command evaluates the run anew"}
+
+
+def read_lines(folder: RunFolder, name: str) -> list[Row]:
+    """Return the rows of a file of JSON lines: numbers by name, `step` among them; no file has none.
+
+    A line that a kill has torn is left out, and one that is no such row.
+    """
     rows = []
     for line in folder.read(name).decode(errors="replace").splitlines() if folder.exists(name) else []:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict):
+        if isinstance(row, dict) and is_count(row.get("step")) and all(map(_is_number, row.values())):
             rows.append(row)
     return rows
 
 
-def read_saved(folder: RunFolder) -> dict[str, Any]:
-    """Return the options that a run was started with; raises UserError where there are none or they are damaged."""
+def _is_number(value: Any) -> bool:
+    """Tell whether this is a number of a row: finite, and None for one that was not."""
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    return value is None or (known and abs(value) < LARGEST)
+
+
+def is_count(value: Any) -> bool:
+    """Tell whether this counts something, as steps and epochs do."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < LARGEST
+
+
+def read_table(folder: RunFolder, name: str) -> pa.Table:
+    """Return an index table of a run's images; raises UserError where it is gone or damaged."""
     try:
-        saved = yaml.safe_load(folder.read("config.yaml"))
-        if isinstance(saved, dict) and saved.keys() >= {"data", "model", "method", "train"}:
-            return saved
+        return parse_index(folder.read(name))
+    except FileNotFoundError:
+        raise UserError(f"{folder.place(name)} is gone; {PUT_BACK}") from None
+    except NoIndexError as error:
+        raise UserError(f"{folder.place(name)} {error}; {PUT_BACK}") from None
+
+
+def read_saved(folder: RunFolder) -> dict[str, Any]:
+    """Return the options that a run was started with, as they stand in its file; older runs lack some.
+
+    Raises UserError where there are none or they are damaged.
+    """
+    place = folder.place("config.yaml")
+    try:
+        saved = parse_mapping(folder.read("config.yaml"), place)
     except FileNotFoundError:
         raise UserError(
             f"{folder.uri}: no run there (config.yaml is missing); give the folder that a run printed"
         ) from None
-    except (yaml.YAMLError, ValueError, RecursionError):
-        pass
-    raise UserError(
-        f"{folder.place('config.yaml')} is damaged; put it back as it was, or choose another --name"
-    )
+    except UserError as error:
+        raise _damaged(place, error) from None
+    missing = [part for part in ("data", "model", "method", "train") if not isinstance(saved.get(part), dict)]
+    if missing:
+        raise _damaged(place, f"there are no options of {', '.join(missing)}")
+    return saved
 
 
-def read_result(folder: RunFolder) -> dict[str, Any]:
-    """Return what a finished run has written; raises UserError where it is damaged."""
-    result = folder.read_json("result.json")
-    if not isinstance(result, dict) or not result.keys() >= {
-        "folder",
-        "seconds",
-        "images_per_second",
-        "cost",
-    }:
-        raise UserError(f"{folder.place('result.json')} is damaged; {REMEDY['result.json']}")
-    return result
+def saved_config(folder: RunFolder) -> Config:
+    """Return the configuration that a run was started with; raises UserError as `read_saved` does."""
+    try:
+        return validate(merge(read_saved(folder)))
+    except UserError as error:
+        place = folder.place("config.yaml")
+        raise error if place in str(error) else _damaged(place, error) from None
 
 
-PUT_BACK = "put it back as it was, or choose another --name"
-REMEDY = {"result.json": "remove that file, and the same command evaluates the run anew"}
+def _damaged(place: str, reason: UserError | str) -> UserError:
+    said = str(reason).removeprefix(f"{place}: ")
+    return UserError(f"{place} is damaged ({said}); {PUT_BACK}")
 
 
 def _replace(target: str, content: bytes) -> None:
@@ -214,7 +246,7 @@ def load_checkpoint(folder: RunFolder, name: str | None = None) -> dict[str, Any
     try:
         check_sums(content)
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        if not isinstance(saved, dict) or not saved.keys() >= KEYS:
+        if not isinstance(saved, dict) or not saved.keys() >= KEYS or not is_count(saved["step"]):
             raise ValueError("it is no checkpoint of a run")
         return saved
     except Exception as error:

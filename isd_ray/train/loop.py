@@ -4,12 +4,10 @@ Weights, order and views are pure functions of (seed, step), so a run that was s
 continues as if nothing had happened: on CPU to the last bit.
 """
 
-import io
 import json
 from contextlib import AbstractContextManager, nullcontext
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,7 +18,7 @@ from isd_ray.data.augment import make_views
 from isd_ray.data.plan import whole_size
 from isd_ray.data.stream import Batch, Stream
 from isd_ray.errors import UserError
-from isd_ray.train.folder import RunFolder, load_checkpoint, save_checkpoint
+from isd_ray.train.folder import RunFolder, load_checkpoint, read_table, save_checkpoint
 from isd_ray.train.log import Log
 from isd_ray.train.optim import learning_rates, set_rate, teacher_momenta
 from isd_ray.train.parts import Clock
@@ -48,7 +46,7 @@ def train(config: Config, folder: RunFolder, worker: Worker) -> None:
 
 def build_stream(config: Config, folder: RunFolder, worker: Worker) -> Stream:
     """Open the stream of batches over the run's chosen rows, for this rank."""
-    table = pq.read_table(io.BytesIO(folder.read("selection.parquet")))
+    table = read_table(folder, "selection.parquet")
     return Stream(
         table,
         seed=config.train.seed,

@@ -1,13 +1,20 @@
 """Optimisers and schedules. A schedule is an array indexed by step, so resuming needs nothing but the step."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from timm.optim import Lars
-from torch import nn
+from torch import Tensor, nn
 
 from isd_ray.config import TrainConfig
+
+REMEMBERED = {  # what an optimiser keeps of a parameter, and whether it is all of it or nothing
+    "SGD": ({"momentum_buffer"}, False),
+    "Lars": ({"momentum_buffer"}, False),
+    "AdamW": ({"step", "exp_avg", "exp_avg_sq"}, True),
+}
 
 
 def learning_rates(train: TrainConfig, steps_per_epoch: int) -> np.ndarray:
@@ -75,6 +82,31 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float, peak: float) -> None
     """Set the learning rate of the step: `peak` for the parameters whose rate is constant."""
     for group in optimizer.param_groups:
         group["lr"] = peak if group.get("constant") else rate
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Take what an optimiser remembered of each parameter; its settings stay those of this run.
+
+    Raises ValueError, TypeError or LookupError where that is of other parameters, or of another optimiser.
+    """
+    own, parts = optimizer.state_dict(), saved["state"]
+    if [group["params"] for group in saved["param_groups"]] != [g["params"] for g in own["param_groups"]]:
+        raise ValueError("its optimiser has other parameters")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    names, whole = REMEMBERED[type(optimizer).__name__]
+    for number, kept in parts.items():
+        if not set(kept) <= names or (whole and set(kept) != names):
+            raise ValueError("its optimiser remembers something else")
+        shapes = (parameters[number].shape, torch.Size())
+        if not all(x is None or _is_plain(x, shapes) for x in kept.values()):
+            raise ValueError("what its optimiser remembers has other shapes")
+    optimizer.load_state_dict({"state": parts, "param_groups": own["param_groups"]})
+
+
+def _is_plain(x: Any, shapes: Sequence[torch.Size]) -> bool:
+    """Tell whether this is a dense tensor of real numbers, of one of these shapes."""
+    real = isinstance(x, Tensor) and x.is_floating_point() and x.layout == torch.strided
+    return real and not x.is_meta and x.shape in shapes
 
 
 def _parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], train: TrainConfig) -> list[dict]:

@@ -144,8 +144,7 @@ class MetricsWriter:
     def __init__(self, folder: RunFolder, start_step: int = 0):
         self.folder = folder
         rows = read_lines(folder, METRICS)
-        kept = [row for row in rows if isinstance(row.get("step"), int) and row["step"] <= start_step]
-        self.lines = [json.dumps(row) for row in kept]
+        self.lines = [json.dumps(row) for row in rows if row["step"] <= start_step]
         self._write_whole()
         self.file = Path(folder.path, METRICS).open("a") if folder.local else None  # noqa: SIM115
 

@@ -19,7 +19,7 @@ from isd_ray.queue.bank import Bank
 from isd_ray.queue.exchange import all_gather
 from isd_ray.queue.initial import initial_keys
 from isd_ray.train.batch_norm import spread_batch_norm
-from isd_ray.train.optim import build_optimizer
+from isd_ray.train.optim import build_optimizer, load_optimizer
 from isd_ray.train.teacher import load_teacher
 
 
@@ -65,7 +65,7 @@ class State:
         """Continue from `saved`, whatever number of workers saved it."""
         with fitting(saved):
             self.method.load_state_dict(saved["method"])
-            self.optimizer.load_state_dict(saved["optimizer"])
+            load_optimizer(self.optimizer, saved["optimizer"])
             if self.queue is not None:
                 self.queue.load_state_dict(saved["queue"])
             if self.bank is not None:
@@ -83,7 +83,7 @@ def fitting(saved: dict[str, Any]) -> Iterator[None]:
     """Raise UserError where what is loaded within is of other networks than these options build."""
     try:
         yield
-    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
         if of_memory(error):
             raise
         reason = printable(" ".join(str(error).split()))[:200]

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from isd_ray import interop
-from isd_ray.config import Config, MethodConfig, validate
+from isd_ray.config import Config, MethodConfig
 from isd_ray.data.views import get_views
 from isd_ray.errors import UserError, printable
 from isd_ray.methods import options_of
 from isd_ray.models.backbones import SMALL_RESNETS, TORCHVISION_RESNETS, build_backbone
 from isd_ray.models.frozen import Frozen
-from isd_ray.train.folder import RunFolder, load_checkpoint, read_saved
+from isd_ray.train.folder import RunFolder, load_checkpoint, saved_config
 from isd_ray.weight_files import read_checkpoint, read_safetensors
 
 RUN_PREFIX = {"student": "student.backbone.", "teacher": "teacher.network.backbone."}
@@ -85,7 +85,7 @@ def find_in_run(method: MethodConfig) -> Found | None:
         return None
     if checkpoint is None and not folder.exists("result.json"):
         raise UserError(f"--method.teacher {spec}: that run is not finished; name one of its checkpoints")
-    saved, run = load_checkpoint(folder, checkpoint), validate(read_saved(folder))
+    saved, run = load_checkpoint(folder, checkpoint), saved_config(folder)
     if saved is None:
         raise UserError(f"--method.teacher {spec}: that run has no checkpoint")
     name = method.teacher_encoder or "student"

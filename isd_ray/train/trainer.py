@@ -19,7 +19,7 @@ from isd_ray import interop, session
 from isd_ray.config import Config, flatten, merge, to_yaml, validate
 from isd_ray.data.catalog import Splits, open_dataset
 from isd_ray.data.files import join
-from isd_ray.errors import UserError
+from isd_ray.errors import UserError, listed, shown
 from isd_ray.evaluate.table import print_table
 from isd_ray.messages import say
 from isd_ray.methods import find_method
@@ -32,13 +32,14 @@ from isd_ray.train.folder import (
     checkpoint_names,
     load_checkpoint,
     read_lines,
-    read_result,
     read_saved,
+    saved_config,
 )
 from isd_ray.train.learnable import check_learnable
 from isd_ray.train.loggers import send_result
 from isd_ray.train.loop import train
 from isd_ray.train.parts import run_shares, run_stages, sentence
+from isd_ray.train.result import read_result
 from isd_ray.train.state import build_state
 from isd_ray.train.teacher import load_teacher
 from isd_ray.train.validation import WATCHED, how_watched, watched_tables
@@ -91,17 +92,12 @@ def never_began(folder: RunFolder) -> bool:
 
 def forget_never_began(config: Config, folder: RunFolder) -> None:
     """Make room for this run where one with other options never came to a checkpoint."""
-    if not folder.exists("config.yaml") or not never_began(folder):
+    if not folder.exists("config.yaml") or not never_began(folder) or not changed_options(config, folder):
         return
-    try:
-        check_same(config, folder)
-    except UserError:
-        say(
-            f"note: {folder.uri} holds a run with other options that has no checkpoint; this one takes its place"
-        )
-        for name in ("selection.parquet", "bank.parquet", "validation.parquet", WATCHED, "metrics.jsonl"):
-            if folder.exists(name):
-                folder.remove(name)
+    say(f"note: {folder.uri} holds a run with other options that has no checkpoint; this one takes its place")
+    for name in ("selection.parquet", "bank.parquet", "validation.parquet", WATCHED, "metrics.jsonl"):
+        if folder.exists(name):
+            folder.remove(name)
 
 
 def run_prepared(
@@ -157,12 +153,20 @@ def fixed_options(values: dict[str, Any]) -> dict[str, Any]:
 
 def check_same(config: Config, folder: RunFolder) -> None:
     """Refuse to continue a run with other options than it was started with."""
-    before, now = fixed_options(read_saved(folder)), fixed_options(config.model_dump())
-    changed = [f"{k} was {before[k]!r}, now {v!r}" for k, v in now.items() if k in before and before[k] != v]
-    if changed:
+    if changed := changed_options(config, folder):
         raise UserError(
-            f"{folder.uri} holds a run with other options ({'; '.join(changed)}); choose another --name"
+            f"{folder.uri} holds a run with other options ({listed(changed)}); choose another --name"
         )
+
+
+def changed_options(config: Config, folder: RunFolder) -> list[str]:
+    """Say which options of a run are others than it was started with; raises UserError where its file is damaged."""
+    before, now = fixed_options(read_saved(folder)), fixed_options(config.model_dump())
+    return [
+        f"{k} was {shown(before[k])}, now {shown(v)}"
+        for k, v in now.items()
+        if k in before and before[k] != v
+    ]
 
 
 def open_splits(config: Config) -> Splits:
@@ -291,7 +295,7 @@ def evaluate(
     made must not choose where this process connects.
     """
     folder = RunFolder(run)
-    saved = validate(read_saved(folder)).model_dump() | {"address": address}
+    saved = saved_config(folder).model_dump() | {"address": address}
     given = {f"evaluate.{k}": v for k, v in options.items()} | {f"data.{k}": v for k, v in places.items()}
     given["evaluate.enabled"] = True  # also of a run that was not evaluated when it ended
     config = validate(merge(saved, {k: v for k, v in given.items() if v is not None}))

@@ -3,14 +3,12 @@
 The numbers go to validation.jsonl in the run folder, one row an evaluated epoch. The test set takes no part.
 """
 
-import io
 import json
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,12 +21,11 @@ from isd_ray.errors import UserError
 from isd_ray.evaluate.names import ALONG, size_faults
 from isd_ray.evaluate.score import evaluate_encoders
 from isd_ray.train.evaluation import bank_name, choose_bank, grouping, load_labelled
-from isd_ray.train.folder import RunFolder, read_lines
+from isd_ray.train.folder import Row, RunFolder, is_count, read_lines, read_table
 from isd_ray.train.state import State, Worker
 
 FILE = "validation.jsonl"
 WATCHED = "watched.json"
-Row = dict[str, Any]
 
 
 def watched_tables(config: Config, splits: Splits) -> dict[str, pa.Table]:
@@ -69,7 +66,8 @@ def how_watched(config: Config, splits: Splits) -> dict[str, Any]:
 
 def read_rows(folder: RunFolder) -> list[Row]:
     """Return the rows of a run, in order of their steps; a line torn by a kill is left out."""
-    return [row for row in read_lines(folder, FILE) if "step" in row]
+    rows = [row for row in read_lines(folder, FILE) if is_count(row.get("epoch"))]
+    return sorted(rows, key=lambda row: row["step"])
 
 
 class Watch:
@@ -124,7 +122,8 @@ class Watch:
 
     def evaluate(self, state: State) -> dict[str, Any]:
         """Evaluate the networks as they are; the images are decoded at the first call."""
-        selection, bank, held = (self.table(name) for name in ("selection", "bank", "validation"))
+        names = ("selection.parquet", "bank.parquet", "validation.parquet")
+        selection, bank, held = (read_table(self.folder, name) for name in names)
         if self.images is None:
             self.images = (*load_labelled(bank, self.config), *load_labelled(held, self.config))
         data = self.config.data
@@ -145,7 +144,3 @@ class Watch:
             protocols=self.config.evaluate.along,
             seed=self.config.train.seed,
         )
-
-    def table(self, name: str) -> pa.Table:
-        """Read one of the run's index tables."""
-        return pq.read_table(io.BytesIO(self.folder.read(f"{name}.parquet")))

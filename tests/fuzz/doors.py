@@ -150,11 +150,12 @@ def _on_stage(sandbox: Sandbox) -> Iterator[None]:
     os.environ |= sandbox.variables()
     tempfile.tempdir = None  # read anew from the variables
     os.chdir(sandbox.work)
-    terminate = signal.getsignal(signal.SIGTERM)
+    heard = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, terminate)
+        for number, handler in heard.items():
+            signal.signal(number, handler)
         ending._in_job = False
         os.chdir(folder)
         tempfile.tempdir = temporary

@@ -21,7 +21,7 @@ from isd_ray.study import work
 from isd_ray.sweep import tune
 from isd_ray.sweep.search import Job, Search
 from isd_ray.sweep.trial import run_config
-from isd_ray.train import cluster, encoder, evaluation, progress, trainer
+from isd_ray.train import cluster, encoder, evaluation, trainer
 from isd_ray.train.folder import RunFolder
 from isd_ray.train.state import Worker
 from isd_ray.train.trainer import open_splits, prepare_run
@@ -49,7 +49,6 @@ def set_stage(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(store, "WAIT", 0.0)
     patch.setattr(files, "pafs", Stores())
     patch.setattr(trainer, "cost", lambda _: COST)  # most of the time of a run that is this small
-    patch.setattr(progress, "_summary_writer", lambda *_: None)
 
 
 class Store(pafs.FileSystemHandler):

@@ -51,6 +51,7 @@ def test_shards_again(name, world: World, sandbox, jobs) -> None:
 
 
 THEIRS = (
+    "space.yaml", "study.yaml",
     "embeddings.json", "part-000000.parquet", "train-000000.tar", "train-000001.tar",
     "index.parquet", "x.txt", "bad_samples.jsonl", "make_shards.json", "config.yaml",
     "checkpoints", "ray", "train", "cells", "trials", ".isd_ray.json", "x.tar", ".hidden",

@@ -110,9 +110,9 @@ OBJECTS = (
 
 
 def test_checkpoints(world: World, sandbox, jobs) -> None:
-    newest = sorted((world.run / "checkpoints").iterdir())[-1]
-    tree = torch.load(newest, weights_only=True)
-    bytes_ = newest.read_bytes()
+    oldest, newest = sorted((world.run / "checkpoints").iterdir())
+    tree = torch.load(oldest, weights_only=True)
+    bytes_ = oldest.read_bytes()
     changed = st.one_of(
         trees(tree).map(saved), trees(tree).map(saved), trees(tree).map(saved), damaged(bytes_),
         st.sampled_from(OBJECTS).map(saved), st.sampled_from(OBJECTS).map(lambda o: saved(tree | {"step": o})),
@@ -130,6 +130,8 @@ def test_checkpoints(world: World, sandbox, jobs) -> None:
         run, out = put(world.run, sandbox.out / "run"), sandbox.out / "new"
         (run / "checkpoints" / newest.name).write_bytes(content)
         (run / "result.json").unlink()
+        if door == "pretrain":  # from the first of the two, so that what was loaded is trained on
+            (run / "checkpoints" / newest.name).rename(run / "checkpoints" / oldest.name)
         name = [f"--checkpoint={newest.name}"] if named else []
         seed = world.options(**{"method.name": "seed", "method.teacher": str(run / "checkpoints" / newest.name),
                                 "output": str(sandbox.out), "name": "new", "evaluate.enabled": False})  # fmt: skip

@@ -145,7 +145,7 @@ def test_foreign_tars_are_not_mixed_in(tmp_path):
     source = write_images(tmp_path / "in")
     (tmp_path / "out" / "train").mkdir(parents=True)
     (tmp_path / "out" / "train" / "x.tar").write_bytes(b"")
-    with pytest.raises(UserError, match="tars that make_shards did not write"):
+    with pytest.raises(UserError, match="make_shards did not write"):
         make(source, tmp_path / "out")
 
 

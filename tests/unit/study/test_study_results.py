@@ -1,5 +1,6 @@
 """What is read from the cells: groups, pairs, the tidy table."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -61,8 +62,15 @@ def test_metrics_without_classes_of_the_set_have_no_groups(study):
     path = Path(cell_folder(folder, plan.cells[0]).path, "result.json")
     text = path.read_text()
     result = json.loads(text)
-    result["metrics"]["student"] |= {"nmi": 31.5, "transfer/dtd": 44.0, "knn200_weighted": None}
-    result["per_class"]["student"] |= {"nmi": None, "transfer/dtd": [50.0, 38.0], "knn200_weighted": None}
+    others = {"nmi": 31.5, "transfer/dtd": 44.0, "knn200_weighted": None}
+    for part, network in itertools.product(
+        ("metrics", "class_mean", "std", "groups", "per_class"), result["metrics"]
+    ):
+        result[part][network] |= (
+            others if part == "metrics" and network == "student" else dict.fromkeys(others)
+        )
+    result["per_class"]["student"]["transfer/dtd"] = [50.0, 38.0]
+    result["protocol"] |= {name: {"name": name} for name in others}
     path.write_text(json.dumps(result))
     run = collect(plan, folder).runs[0]
     path.write_text(text)

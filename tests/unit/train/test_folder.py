@@ -1,20 +1,29 @@
 """A run folder holds complete files only, and reads nothing that could run code."""
 
 import errno
+import io
+import json
 import os
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 
+from isd_ray.config import Config
+from isd_ray.data.index import root, with_metadata
+from isd_ray.data.scan import SCHEMA
 from isd_ray.errors import MachineError, UserError
 from isd_ray.train.folder import (
     RunFolder,
     checkpoint_names,
     load_checkpoint,
     read_lines,
-    read_result,
     read_saved,
+    read_table,
     save_checkpoint,
+    saved_config,
 )
 
 
@@ -130,15 +139,80 @@ def test_a_file_in_the_way_is_a_mistake(tmp_path):
 
 
 def test_a_torn_line_is_left_out(folder):
-    folder.write("rows.jsonl", b'{"a": 1}\n[2]\n{"a": 3}\n{"a"')
-    assert read_lines(folder, "rows.jsonl") == [{"a": 1}, {"a": 3}]
+    folder.write("rows.jsonl", b'{"step": 1, "a": 0.5}\n[2]\n{"step": 3, "a": null}\n{"step"')
+    assert read_lines(folder, "rows.jsonl") == [{"step": 1, "a": 0.5}, {"step": 3, "a": None}]
     assert read_lines(folder, "none.jsonl") == []
 
 
-@pytest.mark.parametrize("text", ["", "a: [", "x", "\0", "- 1\n", "[" * 3000, "data: 1\n"])
-def test_damaged_options_and_results_are_one_line(folder, text):
+@pytest.mark.parametrize(
+    "row", [{"a": 1}, {"step": "1"}, {"step": -1}, {"step": True}, {"step": 1, "a": "b"}, {"step": 1, "a": 1e300},
+            {"step": 1, "a": float("nan")}, {"step": 1, "a": [1]}, {"step": 10**20}, 1, None],
+)  # fmt: skip
+def test_a_line_that_is_no_row_of_numbers_is_left_out(folder, row):
+    folder.write("rows.jsonl", f'{json.dumps(row)}\n{{"step": 2}}\n'.encode())
+    assert read_lines(folder, "rows.jsonl") == [{"step": 2}]
+
+
+BROKEN = ["", "a: [", "x", "\0", "- 1\n", "[" * 3000, "data: 1\n", "a: &a {b: *a}", "data: {}\n1: 2\n"]
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_damaged_options_are_one_line(folder, text):
     folder.write("config.yaml", text.encode())
-    folder.write("result.json", text.encode())
-    for read in (read_saved, read_result):
-        with pytest.raises(UserError, match="damaged"):
+    for read in (read_saved, saved_config):
+        with pytest.raises(UserError, match=r"config\.yaml is damaged") as error:
             read(folder)
+        assert str(error.value).count("config.yaml") == 1
+
+
+def test_options_that_no_run_can_have_are_damage(folder):
+    values = Config().model_dump() | {"train": {"epochs": "many"}}
+    folder.write("config.yaml", yaml.safe_dump(values).encode())
+    assert read_saved(folder)["train"] == {"epochs": "many"}
+    with pytest.raises(UserError, match=r"config\.yaml is damaged \(--train\.epochs 'many'"):
+        saved_config(folder)
+
+
+def test_a_folder_where_a_file_should_be_is_a_mistake(folder):
+    folder.make("config.yaml")
+    with pytest.raises(UserError, match="that is a folder") as error:
+        read_saved(folder)
+    assert error.value.exit_code == 2
+
+
+INDEX = pa.table(
+    {
+        "shard": ["a.tar"],
+        "key": ["k"],
+        "offset": [512],
+        "size": [9],
+        "label": [0],
+        "width": [8],
+        "height": [8],
+    }
+).cast(SCHEMA)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda table: table.drop_columns("label"),
+        lambda table: table.replace_schema_metadata(None),
+        lambda table: table.set_column(4, "label", [["x"]]),
+        lambda table: with_metadata(table, "/x", []),  # a label without a name
+        lambda table: table.set_column(0, "shard", [["../x.tar"]]),
+    ],
+)
+def test_a_damaged_table_of_images_is_one_line(folder, damage):
+    whole = with_metadata(INDEX, "/somewhere", ["cat"])
+    pq.write_table(whole, sink := io.BytesIO())
+    folder.write("selection.parquet", sink.getvalue())
+    assert root(read_table(folder, "selection.parquet")) == "/somewhere"
+    pq.write_table(damage(whole), sink := io.BytesIO())
+    for content in (sink.getvalue(), sink.getvalue()[:-20], b""):
+        folder.write("selection.parquet", content)
+        with pytest.raises(UserError, match=r"selection\.parquet .*; put it back as it was"):
+            read_table(folder, "selection.parquet")
+    folder.remove("selection.parquet")
+    with pytest.raises(UserError, match="is gone"):
+        read_table(folder, "selection.parquet")
