@@ -1,6 +1,7 @@
 """A disk that is full for a while, a store that is away for a while, and two commands that want one folder."""
 
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -90,12 +91,14 @@ def test_a_store_that_is_away_loses_nothing(options, home, untouched, store, wor
 
 
 def test_two_commands_of_one_name(options, home):
+    options |= {"train.epochs": 100_000}
     first = Job(options, home)
     first.until(lambda: (first.folder / "config.yaml").exists(), "the run's folder")
     second = Job(options, home)
     ends_well(second, 2)
     assert "another process" in second.complaints()[0]
-    ends_well(first, 0)
+    first.hurt("driver", signal.SIGTERM)
+    ends_well(first, 143)
 
 
 @pytest.mark.long
