@@ -179,10 +179,14 @@ def _unmatched(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list
 
 
 def _fits(value: Any, own: Tensor) -> bool:
-    """Can it be copied: numbers of the same shape, and fractions for fractions?"""
+    """Can it be copied: numbers of the same shape, fractions for fractions?
+
+    Whole numbers, the counts of batch norm, may be fractions in the file: some convert all of a
+    file to float16.
+    """
     if not is_plain(value) or value.is_complex() or value.shape != own.shape:
         return False
-    return value.is_floating_point() == own.is_floating_point()
+    return value.is_floating_point() or not own.is_floating_point()
 
 
 def _form(value: Any) -> str:
