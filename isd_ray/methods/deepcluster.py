@@ -30,9 +30,7 @@ class DeepClusterV2(Method):
 
     Published for ImageNet: 3000 prototypes, LARS (lr 4.8 for batches of 4096, wd 1e-6), 2 x 224 and 6 x 96 px, and a
     pass before the first epoch that fills the bank. The CIFAR recipe of solo-learn: LARS lr .6, wd 1e-6, two views. The
-    defaults take fewer prototypes, and plain SGD. Two first centroids may be one image here (with
-    300 among 2,000, 21 were; the authors draw without repetition); after ten iterations all
-    clusters are in use.
+    defaults take fewer prototypes, and plain SGD.
     """
 
     uses_queue: ClassVar[bool] = False

@@ -127,7 +127,7 @@ def test_another_value_in_any_column_is_damage(whole, tmp_path, column):
             continue
         pq.write_table(changed.replace_schema_metadata(meta), tmp_path / "index.parquet")
         with pytest.raises(
-            UserError, match="is damaged: it has changed since it was written; make the index again"
+            UserError, match="is damaged: it has changed since it was written: make the index again"
         ):
             index.read_index(str(tmp_path))
         pq.write_table(changed.replace_schema_metadata(table.schema.metadata), tmp_path / "index.parquet")
@@ -160,10 +160,10 @@ def test_names_that_are_no_utf8_and_metadata_without_end_are_refused_in_one_line
         pq.write_table(
             table.set_column(table.column_names.index(column), column, wrong), tmp_path / "x.parquet"
         )
-        assert "not a readable index: " in said_by(index.read_index, str(tmp_path / "x.parquet"))
+        assert "not a readable index (" in said_by(index.read_index, str(tmp_path / "x.parquet"))
     nested = table.replace_schema_metadata({"isd_ray": "[" * 10**5})
     pq.write_table(nested, tmp_path / "x.parquet")
-    assert "not a readable index: " in said_by(index.read_index, str(tmp_path / "x.parquet"))
+    assert "not a readable index (" in said_by(index.read_index, str(tmp_path / "x.parquet"))
 
 
 def test_an_index_that_is_a_folder_is_refused_in_one_line(tmp_path):
