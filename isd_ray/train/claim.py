@@ -21,7 +21,7 @@ import pyarrow.fs
 
 from isd_ray.errors import MachineError, UserError, printable
 from isd_ray.messages import note
-from isd_ray.train.folder import RunFolder
+from isd_ray.train.folder import RunFolder, checkpoint_names
 
 MARK = ".isd_ray.json"  # says whose a folder is, and who writes to it
 KINDS = {"run": "config.yaml", "sweep": "space.yaml", "study": "study.yaml"}  # and the file that each has
@@ -49,7 +49,8 @@ def refuse_foreign(folder: RunFolder, kind: str) -> None:
     if not names:
         return
     holds = [k for k, file in KINDS.items() if file in names] or [str(_mark(folder).get("kind"))]
-    if holds == [kind]:
+    of_old = kind == "run" and "checkpoints" in names and bool(checkpoint_names(folder))
+    if holds == [kind] or of_old:
         return
     held = f"a {holds[0]}" if holds[0] in KINDS else printable(", ".join(sorted(names))[:100])
     raise UserError(
