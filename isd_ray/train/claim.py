@@ -25,6 +25,7 @@ from isd_ray.train.folder import RunFolder, checkpoint_names
 
 MARK = ".isd_ray.json"  # says whose a folder is, and who writes to it
 KINDS = {"run": "config.yaml", "sweep": "space.yaml", "study": "study.yaml"}  # and the file that each has
+GRACE = 5.0  # seconds in which what a killed process has started lets go of its lock
 RENEW = 5.0  # seconds between two signs of life in a store
 SILENT = 30.0  # seconds without one after which a process counts as gone
 
@@ -84,10 +85,15 @@ def _locked(folder: RunFolder, me: dict[str, Any]) -> Iterator[None]:
 
     folder.make()
     with Path(folder.path, MARK).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise _in_use(folder, _mark(folder)) from None
+        end = time.monotonic() + GRACE
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise _in_use(folder, _mark(folder)) from None
+                time.sleep(0.1)
         file.truncate(0)
         file.write(json.dumps(me))
         file.flush()
