@@ -141,7 +141,7 @@ def test_faults_of_the_data_come_with_those_of_the_file(ray_session, tiny_shards
         "unknown entry 'basline'. Did you mean 'baseline'?",
         "50 images a class are asked for, but '0' has 40",
         "1 classes get no image, e.g. '3'",
-        "D1 needs ImageNet's classes by WordNet id",
+        "D1 names 38 classes, of which the index lacks 38, e.g. 'n01498041'",
         "unknown split 'D11' of isd_8_30",
         "41 images a class are asked for, but",
         "student.knn200_weighted: the bank has 160 images, fewer than k = 200",
