@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install pretrain test lint format clean
+.PHONY: install pretrain test fuzz lint format clean
 
 install: .venv/.installed
 
@@ -16,6 +16,9 @@ pretrain: install
 
 test: install
 	$(BIN)/python -m pytest
+
+fuzz: install  # FUZZ_MINUTES=30
+	$(BIN)/python tests/fuzz/forever.py
 
 lint: install
 	$(BIN)/ruff check .
