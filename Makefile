@@ -1,8 +1,9 @@
 # Each target works on a fresh machine that has Python (>= 3.11) and make: the first one makes .venv.
 PYTHON ?= python3
+FUZZ_MINUTES ?= 30
 BIN := .venv/bin
 
-.PHONY: install pretrain test fuzz lint format clean
+.PHONY: install pretrain test fuzz faults lint format clean
 
 install: .venv/.installed
 
@@ -17,8 +18,11 @@ pretrain: install
 test: install
 	$(BIN)/python -m pytest
 
-fuzz: install  # FUZZ_MINUTES=30
-	$(BIN)/python tests/fuzz/forever.py
+fuzz: install
+	$(BIN)/python tests/fuzz/repeat.py --minutes $(FUZZ_MINUTES)
+
+faults: install
+	$(BIN)/python -m pytest tests/faults --long
 
 lint: install
 	$(BIN)/ruff check .

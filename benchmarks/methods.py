@@ -46,7 +46,7 @@ def options_of_run(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "train.workers": 0,
         "train.keep_checkpoints": 1000 if options.curve else 2,
         "train.checkpoint_seconds": 5 if options.curve else 60,
-        "evaluate.linear": False,
+        "evaluate.protocols": ["knn20"],
     }
 
 

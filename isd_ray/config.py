@@ -19,7 +19,15 @@ from isd_ray.definitions import file_or_name
 from isd_ray.errors import UserError, harmless, listed, nearest, shown
 from isd_ray.layers import Layer, flatten, merge, only, unfold
 from isd_ray.names import name_fault, place_fault, secret_fault
-from isd_ray.sections import DataConfig, EvaluateConfig, MethodConfig, ModelConfig, QueueConfig, TrainConfig
+from isd_ray.sections import (
+    RETIRED,
+    DataConfig,
+    EvaluateConfig,
+    MethodConfig,
+    ModelConfig,
+    QueueConfig,
+    TrainConfig,
+)
 from isd_ray.values import path_of, plain, reason_of, refuse
 from isd_ray.yaml_files import read_mapping
 
@@ -193,7 +201,8 @@ def to_yaml(config: Config) -> str:
 
 def _refuse_unknown_keys(given: Layer) -> None:
     names = option_names()
-    wrong = [_unknown(name, names) for name in flatten(unfold(given)) if name not in names]
+    unknown = [n for n in flatten(unfold(given)) if n not in (*names, *RETIRED)]
+    wrong = [_unknown(name, names) for name in unknown]
     if wrong:
         raise UserError(listed(wrong) + " --help lists the options")
 

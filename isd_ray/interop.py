@@ -58,8 +58,8 @@ def load_encoder(
 ) -> list[str]:
     """Load one encoder of a MoCo-style checkpoint (MoCo, ISD, MSF) into a backbone, without its head `fc.*`.
 
-    encoder: prefix of its keys: "encoder_q" (student), "encoder_k" (teacher; "encoder_t" in MSF's files), "" for
-    a plain torchvision state. Raises and returns as `load_isd_checkpoint`.
+    encoder: prefix of its keys: "encoder_q" (student), "encoder_k" (teacher; "encoder_t" in MSF's
+    files), "" for a plain torchvision state. Raises and returns as `load_isd_checkpoint`.
     """
     prefix = f"{encoder}." if encoder else ""
     state = read_checkpoint(path)
@@ -77,7 +77,7 @@ def load_encoder(
 
 
 class Description(NamedTuple):
-    """What a file of `export_backbone` says of itself: arguments of `build_backbone`, and the normalisation."""
+    """What a file of `export_backbone` says of itself: how to build it, and the normalisation."""
 
     arch: str
     stem: str
@@ -111,10 +111,10 @@ def export_backbone(
 
 
 def _with_sorted_metadata(file: bytes) -> bytes:
-    """Return a safetensors file with the texts in its header in order: safetensors deals them anew each time.
+    """Return a safetensors file with its metadata in order: safetensors deals them anew each time.
 
-    A file is the length of its header (8 bytes, little-endian), the header (JSON, filled up with blanks to a
-    multiple of 8 bytes) and the tensors.
+    A file is the length of its header (8 bytes, little-endian), the header (JSON, filled up with
+    blanks to a multiple of 8 bytes) and the tensors.
     """
     end = 8 + int.from_bytes(file[:8], "little")
     header = json.loads(file[8:end])
@@ -125,7 +125,7 @@ def _with_sorted_metadata(file: bytes) -> bytes:
 
 
 def describe(path: StrPath) -> Description | None:
-    """Return what a safetensors file says of itself, None for one that `export_backbone` did not write.
+    """Return what a safetensors file says of itself; None: `export_backbone` did not write it.
 
     Raises UserError for a file that is no safetensors or whose description is damaged.
     """
@@ -179,10 +179,14 @@ def _unmatched(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list
 
 
 def _fits(value: Any, own: Tensor) -> bool:
-    """Can it be copied: numbers of the same shape, and fractions for fractions?"""
+    """Can it be copied: numbers of the same shape, fractions for fractions?
+
+    Whole numbers, the counts of batch norm, may be fractions in the file: some convert all of a
+    file to float16.
+    """
     if not is_plain(value) or value.is_complex() or value.shape != own.shape:
         return False
-    return value.is_floating_point() == own.is_floating_point()
+    return value.is_floating_point() or not own.is_floating_point()
 
 
 def _form(value: Any) -> str:
@@ -208,7 +212,7 @@ def _copy(weights: Mapping[str, Tensor], module: nn.Module) -> None:
 
 
 def _unmatched_queue(published: Mapping[str, Tensor], queue: Any) -> list[str]:
-    """What keeps the ring of a published file (rows, where the oldest is, labels) from being taken over."""
+    """What keeps a published ring (rows, where the oldest is, labels) from being taken over."""
     missing = [f"{key}: not in the file" for key in ("queue", "queue_ptr") if key not in published]
     if missing:
         return missing

@@ -4,14 +4,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from isd_ray.evaluate.names import DEFAULT, name_faults
+from isd_ray.evaluate.names import ALONG, CHEAP, DEFAULT, FORMS, name_faults
 from isd_ray.names import place_fault
 from isd_ray.values import plain, read_option, refuse, refuse_odd
 
 # Bounds beyond which no machine goes; scikit-learn takes seeds of 32 bits, torch and NumPy more.
 SEED, IMAGES, STEPS, EPOCHS, PROCESSES, THREADS = 2**32 - 1, 10**9, 10**12, 10**6, 10**4, 1024
+
+RETIRED = ("evaluate.linear",)  # options of older runs, which are still read
 
 
 class Section(BaseModel):
@@ -335,17 +337,13 @@ class EvaluateConfig(Section):
         0,
         ge=0,
         le=EPOCHS,
-        description="Epochs between kNN evaluations on the way, on --data.validation; 0: none",
+        description="Epochs between evaluations on the way, on --data.validation; 0: none",
     )
-    protocols: list[str] = Field(
-        list(DEFAULT),
-        description="Protocols: knnK, knnK_weighted, linear, linear_sdclr, linear_bcl, fewshotN, labelsP, nmi, ari, "
-        "transfer/SET",
-    )
+    along: list[str] = Field(list(ALONG), description=f"What is measured on the way, of {CHEAP}")
+    protocols: list[str] = Field(list(DEFAULT), description=f"What is measured, of {FORMS}")
     transfer_root: str | None = Field(
         None, description="Folder that holds torchvision's files of the sets to transfer to"
     )
-    linear: bool = Field(True, description="false leaves `linear` out of the protocols")
     bank: Literal["auto", "balanced", "train"] = Field(
         "auto", description="Labelled bank of kNN: the balanced set, or the pretraining subset"
     )
@@ -365,16 +363,23 @@ class EvaluateConfig(Section):
     def _is_place(cls, place: str | None) -> str | None:
         return refuse(place, place_fault)
 
-    @field_validator("protocols", mode="after")
+    @model_validator(mode="before")
     @classmethod
-    def _know_protocols(cls, names: list[str]) -> list[str]:
-        """Refuse unknown and repeated names, all at once."""
-        faults = name_faults(names)
+    def _read_linear(cls, values: Any) -> Any:
+        """Read the `linear: false` of older runs as protocols without `linear`."""
+        if not isinstance(values, dict) or not isinstance(values.get("linear"), bool):
+            return values
+        rest = {name: value for name, value in values.items() if name != "linear"}
+        protocols = rest.get("protocols", list(DEFAULT))
+        if values["linear"] or not isinstance(protocols, list):
+            return rest
+        return rest | {"protocols": [name for name in protocols if name != "linear"]}
+
+    @field_validator("protocols", "along", mode="after")
+    @classmethod
+    def _know_protocols(cls, names: list[str], info: ValidationInfo) -> list[str]:
+        """Refuse unknown and repeated names, and what takes too long on the way, all at once."""
+        faults = name_faults(names, cheap=info.field_name == "along")
         if faults:
             raise ValueError("; ".join(faults))
         return names
-
-    @property
-    def chosen(self) -> list[str]:
-        """The protocols that are to run."""
-        return [name for name in self.protocols if name != "linear" or self.linear]

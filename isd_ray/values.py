@@ -30,16 +30,16 @@ def plain(model: type[BaseModel], value: Any, info: ValidationInfo) -> Any:
             raise ValueError(fault)
         if isinstance(part, str) and not part.strip():
             raise ValueError("it is empty; give a value or leave it out (an unset variable?)")
-    kinds = _kinds(model.model_fields[str(info.field_name)].annotation)
+    kinds = kinds_of(model.model_fields[str(info.field_name)].annotation)
     if any(isinstance(part, bool) for part in parts) and not {bool, Any} & kinds:
         raise ValueError("true and false say nothing here")
     return value
 
 
-def _kinds(annotation: Any) -> set[Any]:
+def kinds_of(annotation: Any) -> set[Any]:
     """Return the types within a type: those of `list[int] | None` are int and None."""
     inner = get_args(annotation)
-    return {annotation}.union(*map(_kinds, inner)) if inner else {annotation}
+    return {annotation}.union(*map(kinds_of, inner)) if inner else {annotation}
 
 
 def refuse(value: T, fault_of: Callable[[Any], str | None]) -> T:

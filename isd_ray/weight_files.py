@@ -1,7 +1,7 @@
-"""Tensors out of files that anybody may have made: all of a file is read, nothing in it is executed.
+"""Tensors out of files that anybody may have made: all is read or refused, nothing is executed.
 
-Whatever is wrong with a file (no such format, cut, changed bytes, objects in it that are no tensors) ends in
-one UserError that names it.
+Whatever is wrong with a file (no such format, cut, changed bytes, objects in it that are no
+tensors) ends in one UserError that names it.
 """
 
 import argparse
@@ -26,10 +26,11 @@ _GLOBAL = re.compile(r"GLOBAL (\S+) ")  # in PyTorch's message on a class that i
 
 
 def read_checkpoint(path: StrPath) -> dict[str, Tensor]:
-    """Return the tensors of a .pth file, by name without `module.`, from under `state_dict` or `model` if there.
+    """Return the tensors of a .pth file by name, also from under `state_dict` or `model`.
 
-    It is read with weights_only=True. The one class allowed besides tensors is argparse.Namespace, in which
-    the published code keeps its options. Raises UserError for any other file, MachineError where the disk fails.
+    `module.` is left out of names. It is read with weights_only=True. The one class allowed besides
+    tensors is argparse.Namespace, in which the published code keeps its options. Raises UserError for
+    any other file, MachineError where the disk fails.
     """
     place = _file(path, "checkpoint")
     try:
@@ -107,7 +108,7 @@ def _state(loaded: Any, place: str) -> dict[str, Tensor]:
 
 
 def is_plain(value: Any) -> bool:
-    """Can a value be copied into a network's weights, or is it sparse, quantised, nested, without data, no tensor?"""
+    """Is a value a tensor with numbers in it, neither sparse nor quantised nor nested?"""
     if not isinstance(value, Tensor) or value.layout != torch.strided:
         return False
     return not (value.is_quantized or value.is_nested or value.is_meta)
@@ -121,5 +122,5 @@ def _plain(tensors: dict[str, Tensor], place: str) -> dict[str, Tensor]:
 
 
 def _without_wrappers(key: str) -> str:
-    """DataParallel wraps the model or, in the ISD code, its parts: encoder_q.module.fc -> encoder_q.fc."""
+    """DataParallel wraps a model or, in ISD's code, its parts: encoder_q.module.fc -> encoder_q.fc."""
     return ".".join(part for part in key.split(".") if part != "module")

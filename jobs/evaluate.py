@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint of a run: kNN and linear accuracy of student and teacher, over all classes and by group.
+"""Evaluate a checkpoint of a run: its student and teacher, over all classes and by group.
 
 python jobs/evaluate.py runs/NAME
 python jobs/evaluate.py runs/NAME --checkpoint step-00001000.pt --bank train --no-linear
@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job's copy of the project is not installed
 
-
+from isd_ray.evaluate.names import listing
 from isd_ray.messages import Arguments
 from isd_ray.supervisor import run
 
@@ -19,15 +19,14 @@ from isd_ray.supervisor import run
 def parser() -> Arguments:
     """The options."""
     options = Arguments(__doc__)
+    options.epilog = f"protocols:\n{listing()}"
     options.add_argument("run", help="folder or URI of the run")
     options.add_argument("--checkpoint", help="name of a checkpoint of the run (default: the newest)")
     options.add_argument("--bank", choices=["auto", "balanced", "train"], help="labelled bank of kNN")
     options.add_argument(
-        "--linear", action=argparse.BooleanOptionalAction, help="train the linear classifier too"
+        "--no-linear", dest="linear", action="store_const", const=False, help="leave out `linear`"
     )
-    options.add_argument(
-        "--protocols", nargs="+", help="what to measure: knn20, linear, fewshot10, transfer/dtd"
-    )
+    options.add_argument("--protocols", nargs="+", help="what to measure, of those below")
     options.add_argument("--transfer-root", help="folder of torchvision's files, for transfer/SET")
     options.add_argument(
         "--baselines", action=argparse.BooleanOptionalAction, help="untrained backbone and raw pixels"

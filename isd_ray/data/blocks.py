@@ -21,7 +21,7 @@ from pyarrow import fs
 from isd_ray.data import index as index_table
 from isd_ray.data.files import open_filesystem
 from isd_ray.data.read import Shape, read_rows
-from isd_ray.errors import UserError, printable
+from isd_ray.errors import MachineError, UserError, printable
 
 Block = dict[str, np.ndarray]
 
@@ -199,14 +199,19 @@ def cut_batches(blocks: Iterable[Block], batch: int) -> Iterator[Block]:
 
 
 def error_of_task(error: BaseException | None) -> UserError | None:
-    """Return the UserError that a task raised, from under what Ray wraps around it and without the lines it adds."""
+    """Return the UserError that a task raised, from under what Ray wraps around it and without the
+    lines it adds.
+
+    A failure of the machine, such as a store that does not answer, stays one.
+    """
     while error is not None and not isinstance(error, UserError | ray.exceptions.RayError):
         error = error.__cause__
     if isinstance(
         error, ray.exceptions.RayError
     ):  # first: Ray's class for a task's error is of the error's class too
         return error_of_task(getattr(error, "cause", None))
-    return None if error is None else UserError(str(error).partition("\n")[0])
+    kind = MachineError if isinstance(error, MachineError) else UserError
+    return None if error is None else kind(str(error).partition("\n")[0])
 
 
 class BadImages:

@@ -1,4 +1,4 @@
-"""Sets that fit are decoded once and kept whole: by each rank, once a node, or on the training device."""
+"""Sets that fit are decoded once and kept: by each rank, once a node, or on the training device."""
 
 import hashlib
 import os
@@ -15,7 +15,7 @@ from torch import Tensor
 from isd_ray.data.blocks import Block, Blocks, task_rows
 from isd_ray.data.plan import MEMORY_LIMIT, fits_memory, one_size, shard_codes, whole_size
 from isd_ray.data.read import Shape
-from isd_ray.errors import UserError, nearest
+from isd_ray.errors import UserError, nearest, printable
 
 CACHES = ("auto", "memory", "object_store", "device", "none")
 TASK_IMAGES = 1024  # most images that one task reads from local shards; its start costs milliseconds
@@ -36,12 +36,15 @@ class Decoded(NamedTuple):
 def choose_cache(table: pa.Table, cache: str, finish: bool, side: int) -> str:
     """Return where the decoded images are kept; "auto" looks at their size, and takes memory or none.
 
-    A cache keeps images that travel whole to views of `side` pixels (`whole_size`), and no others: batches would
-    differ with the cache. Raises UserError for an unknown name and for a cache that cannot hold this set.
+    A cache keeps images that travel whole to views of `side` pixels (`whole_size`), and no others:
+    batches would differ with the cache. Raises UserError for an unknown name and for a cache that
+    cannot hold this set.
     """
     whole = whole_size(table, side)
     if cache not in CACHES:
-        raise UserError(f"No cache is named '{cache}'.{nearest(cache, CACHES)} Known: {', '.join(CACHES)}.")
+        raise UserError(
+            f"No cache is named '{printable(cache)}'.{nearest(cache, CACHES)} Known: {', '.join(CACHES)}."
+        )
     if cache not in ("auto", "none"):
         size = one_size(table)
         if size is None:

@@ -160,14 +160,14 @@ def open_dataset(
         shards: URI of a folder with train/ (and test/, bank/) of shards with an index, or of one such split;
             used instead of `root`.
         cache_dir: where shards are made otherwise (default: ISD_RAY_CACHE, else XDG_CACHE_HOME/isd_ray).
-        scheme, ratio, seed, class_order: see `imbalance.subset`; they replace the definition's. Another scheme
-            than the definition's starts without the definition's other arguments.
+        scheme, ratio, seed, class_order: see `imbalance.subset`; they replace the definition's.
+            Another scheme than the definition's starts without the definition's other arguments.
         options: further options of the scheme.
         workers, quiet, download: of `make_shards`.
 
     Raises:
-        UserError: unknown name, an option that the scheme does not take, nothing at root or shards, or classes
-            that do not fit.
+        UserError: unknown name, an option that the scheme does not take, nothing at root or shards,
+            or classes that do not fit.
     """
     definition = load_definition(name)
     chosen = {"scheme": scheme, "ratio": ratio, "class_order": class_order}
@@ -263,8 +263,8 @@ def _cached(
 def _arguments(
     definition: Definition, chosen: Mapping[str, Any], options: Mapping[str, Any], seed: int
 ) -> tuple[str | None, dict[str, Any]]:
-    """Return the scheme and its options: those given over the definition's, where it is the definition's scheme or
-    the balanced control of it.
+    """Return the scheme and its options: those given, over the definition's where it is the
+    definition's scheme or the balanced control of it.
     """
     for name in options:
         if name in ELSEWHERE:

@@ -1,9 +1,10 @@
-"""The images of a list, as published lists name them: by path, by class folder and file, or by file alone.
+"""The images of a list, as published lists name them: by path, class folder and file, or file.
 
-A list of files is text, a file a line. Blank lines and lines that begin with # are left out, and so is what
-follows a file's name, as the label in the lists of SDCLR and ImageNet-LT ("train/n01440764/a.JPEG 0"). The
-lists D1..D10 of ISD begin with a heading, "class names :", the classes, a line each, and the heading
-"Train Images:"; the files follow. Any other line is a file, and one that the index lacks is refused.
+A list of files is text, a file a line. Blank lines and lines that begin with # are left out, and so
+is what follows a file's name, as the label in the lists of SDCLR and ImageNet-LT
+("train/n01440764/a.JPEG 0"). The lists D1..D10 of ISD begin with a heading, "class names :", the
+classes, a line each, and the heading "Train Images:"; the files follow. Any other line is a file,
+and one that the index lacks is refused.
 """
 
 import posixpath
@@ -21,12 +22,13 @@ CLASSES, FILES = "class names :", "Train Images:"  # headings of D1..D10
 def listed(table: pa.Table, files: str | Sequence[str], missing: str = "error") -> pa.Table:
     """Return the rows named by a list, in order of the table.
 
-    A name is looked for as a whole key, then by class folder and base name, then by base name alone where it or
-    the key has no folder. files: path or URI of a text file, or the names; missing: "error" | "skip".
+    A name is looked for as a whole key, then by class folder and base name, then by base name alone
+    where it or the key has no folder. files: path or URI of a text file, or the names; missing:
+    "error" | "skip".
 
     Raises:
-        UserError: a file that is not in the index or is there twice (unless "skip"), none at all, a list that
-            is empty or cut in its heading, or no text.
+        UserError: a file that is not in the index or is there twice (unless "skip"), none at all, a
+            list that is empty or cut in its heading, or no text.
     """
     entries = [_stem(name) for name in _names(files)]
     if not entries:
@@ -62,7 +64,7 @@ def _names(files: str | Sequence[str]) -> list[str]:
 
 
 def _below_headings(lines: Sequence[str], place: str) -> list[str]:
-    """Return the files of a list in the form of D1..D10; each class of its heading must have some."""
+    """Return the files of a list in the form of D1..D10; each class in its heading has some."""
     if FILES not in lines:
         raise UserError(f"list of files '{place}': it begins with '{CLASSES}' and has no line '{FILES}'")
     end = lines.index(FILES)

@@ -96,9 +96,11 @@ def info(uri: str) -> pafs.FileInfo:
 
 
 def listing(uri: str, extensions: Iterable[str], recursive: bool = False) -> Listing:
-    """List the files under the folder `uri` with one of `extensions` (lower case, with dot), and count the others.
+    """List the files under the folder `uri` with one of `extensions` (lower case, with dot), and
+    count the others.
 
-    Names are relative to the folder. Links are followed; hidden files and folders (leading dot) are left out.
+    Names are relative to the folder. Links are followed; hidden files and folders (leading dot) are
+    left out.
 
     Raises:
         AbsentError: `uri` is not a folder.
@@ -132,7 +134,7 @@ def expand(uri: str, extension: str) -> list[str]:
     else:
         found = [uri] if exists(uri) else []
     if not found:
-        raise AbsentError(f"no {extension} file at '{uri}': check the path")
+        raise AbsentError(f"no {extension} file at '{printable(uri)}': check the path")
     return found
 
 
@@ -156,7 +158,9 @@ def write_text(uri: str, text: str) -> None:
 
 
 def read_bytes(uri: str, most: int | None = None) -> bytes:
-    """Return the content of the file at `uri`, or its first `most` bytes; raises AbsentError where there is none."""
+    """Return the content of the file at `uri`, or its first `most` bytes; raises AbsentError where
+    there is none.
+    """
     filesystem, path = open_filesystem(uri)
 
     def read() -> bytes:
@@ -166,7 +170,7 @@ def read_bytes(uri: str, most: int | None = None) -> bytes:
     try:
         return _ask(read, filesystem, uri)
     except FileNotFoundError:
-        raise AbsentError(f"no file at '{uri}'") from None
+        raise AbsentError(f"no file at '{printable(uri)}'") from None
 
 
 def write_whole(uri: str, write: Callable[[str], None]) -> None:

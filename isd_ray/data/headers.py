@@ -1,4 +1,4 @@
-"""What the headers of a tar call its members, by the rules of Python's tarfile and nothing more trusting."""
+"""What the headers of a tar call its members, by the rules of Python's tarfile."""
 
 import io
 import posixpath
@@ -14,7 +14,9 @@ _TRIES = 8  # headers that may stand before a member's own: a long name, a long 
 
 
 class Member(tarfile.TarInfo):
-    """A header that claims nothing absurd: tarfile itself would go back for ever, or read gigabytes as a name."""
+    """A header that claims nothing absurd: tarfile itself would go back for ever, or read gigabytes
+    as a name.
+    """
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
@@ -34,7 +36,7 @@ def open_tar(file: io.BufferedIOBase) -> tarfile.TarFile:
 
 
 def split_key(name: str) -> tuple[str, str]:
-    """Return key and extension of a member: WebDataset parts its path at the first dot of the base name."""
+    """Return key and extension of a member: its path before and after the base name's first dot."""
     folder, base = posixpath.split(name)
     stem, _, extension = base.partition(".")
     return posixpath.join(folder, stem), extension.lower()
@@ -51,8 +53,8 @@ def stated_size(header: bytes) -> int:
 def has_key(data: bytes, at: int, key: str) -> bool:
     """Tell whether the member whose own header ends at data[at] has this key.
 
-    A name that is long, or in pax tars not ASCII, stands cut or mangled in the member's own header, and whole in
-    headers before it; they are found where `data` reaches back to them.
+    A name that is long, or in pax tars not ASCII, stands cut or mangled in the member's own header,
+    and whole in headers before it; they are found where `data` reaches back to them.
     """
     header = data[at - BLOCK : at]
     name, end, _ = header[:100].partition(b"\0")
@@ -63,7 +65,9 @@ def has_key(data: bytes, at: int, key: str) -> bool:
 
 
 def _names(data: bytes, at: int) -> Iterator[str]:
-    """Yield the names that the header ending at data[at] has alone, and with the extended headers before it."""
+    """Yield the names that the header ending at data[at] has alone, and with the extended headers
+    before it.
+    """
     tries = 0
     for start in range(at - BLOCK, max(-1, at - 4 * BLOCK - EXTENDED_BYTES), -BLOCK):
         if not (start == at - BLOCK or data[start + 156] in _EXTENDED):

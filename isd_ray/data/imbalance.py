@@ -85,9 +85,9 @@ def pareto_counts(
     int64[C].
 
     `n_r = min(n_max, int(floor + scale * (u_r^(-1/alpha) - 1)))`, largest first, with `u_r = (r + 1/2) / C`
-    (quantile) or sorted uniform draws (draw). Without `scale`, the largest quantile is n_max; with a floor above
-    n_max all classes have n_max. ImageNet-LT: alpha 6, scale 557, n_max 1280 for 1000 classes; Places-LT: alpha
-    1.49, scale 96, n_max 4980 for 365 classes.
+    (quantile) or sorted uniform draws (draw). Without `scale`, the largest quantile is n_max; with
+    a floor above n_max all classes have n_max. ImageNet-LT: alpha 6, scale 557, n_max 1280 for 1000
+    classes; Places-LT: alpha 1.49, scale 96, n_max 4980 for 365 classes.
     """
     even = (np.arange(n_classes) + 0.5) / n_classes
     u = even if mode == "quantile" else 1 - np.sort(_rng(seed, _DRAW).random(n_classes))[::-1]
@@ -111,20 +111,20 @@ def subset(table: pa.Table, scheme: str | None = None, /, **options: Any) -> pa.
         natural (or None): every row.
         exponential, step: `ratio` = largest over smallest class.
         pareto: options alpha, scale, floor, mode.
-        counts: option counts = images by rank, or {class name: images}; classes that it leaves out have none.
+        counts: option counts = images by rank, or {class name: images}, others have none.
         large_small: options n_large, size_large, size_small, n_small (None: the rest).
         isd_8_30: 8 classes of at most 1300 images and 30 of 100; option split = "D1".."D10" takes the
             published classes by WordNet id, without it ("") the classes are drawn by the seed.
         balanced: option per_class, or `of` = the scheme whose size is to be matched (the control D_b);
             further options are those of that scheme.
-        list: option files = path of a text file, or keys, see `listing`; missing = "error" | "skip".
-    All but natural and list also take class_order ("label": class 0 is the largest; "random": by the seed) and
-    holdout, images of each class that are left out beforehand (see `split_holdout`); exponential, step and
-    pareto take n_max, images of the largest class (default: those of the largest class there is).
+        list: options files = a text file, or keys (`file_lists`), missing = "error" | "skip".
+    All but natural and list also take class_order ("label": class 0 is the largest; "random": by
+    the seed) and holdout, images of each class that are left out beforehand (see `split_holdout`);
+    exponential, step and pareto take n_max, images of the largest class (default: those there are).
 
     Raises:
-        UserError: unknown scheme or option, a value that it does not take (see `scheme_options`), or a scheme
-            that needs labels on an unlabelled index.
+        UserError: unknown scheme or option, a value that it does not take (`scheme_options`), or a
+            scheme that needs labels on an unlabelled index.
     """
     asked = read_options(scheme, options)
     if isinstance(asked, Listed):

@@ -42,12 +42,10 @@ def with_metadata(table: pa.Table, root: str, classes: Sequence[str]) -> pa.Tabl
     return table.replace_schema_metadata({b"isd_ray": json.dumps(meta).encode()})
 
 
-def _metadata(table: pa.Table) -> dict[str, Any]:
+def _metadata(table: pa.Table, place: str = "this table") -> dict[str, Any]:
     meta = (table.schema.metadata or {}).get(b"isd_ray")
     if meta is None:
-        raise UserError(
-            "this table is not an isd_ray index: make one with `jobs/make_shards.py --index-only`"
-        )
+        raise UserError(f"{place} is not an isd_ray index: make one with `jobs/make_shards.py --index-only`")
     return json.loads(meta)
 
 
@@ -75,8 +73,8 @@ def class_counts(table: pa.Table) -> np.ndarray:
 def read_index(uri: str) -> pa.Table:
     """Read the index at `uri`, a folder that holds `index.parquet` or the Parquet file itself.
 
-    The root becomes the folder it is read from, so a folder of shards can be moved or copied. Where the
-    file states a checksum, its content must have it; indexes of earlier versions state none.
+    The root becomes the folder it is read from, so a folder of shards can be moved or copied. Where
+    the file states a checksum, its content must have it; indexes of earlier versions state none.
 
     Raises:
         UserError: there is no index, or the file is not one, or is damaged.
@@ -126,14 +124,14 @@ def parse_index(content: bytes) -> pa.Table:
 
 
 def _content(path: str) -> bytes:
-    """Return the file's bytes; what a store fails at is no fault of the file. Raises OSError and StoreError."""
+    """Return the bytes of a file; raises OSError and StoreError, which are no fault of the file's."""
     filesystem, inner = open_filesystem(path)
     with StoredFile(filesystem, inner) as file:
         return file.read_at(file.length, 0)
 
 
 def _parse(content: bytes) -> pa.Table:
-    """Return the table of a Parquet file; raises whatever the reader does on damaged bytes, but no OSError."""
+    """Return the table of a Parquet file; raises what the reader does on damage, but no OSError."""
     try:
         file = pq.ParquetFile(pa.BufferReader(content))
         if file.metadata.num_rows > len(content):  # every row has a place of its own, and that takes a byte
@@ -146,9 +144,10 @@ def _parse(content: bytes) -> pa.Table:
 def _checksum(table: pa.Table, names: Sequence[str]) -> str:
     """Return the sha256 of an index, as hexadecimal digits.
 
-    It goes over the class names as a JSON list, then over each column of SCHEMA in its order: the name; a byte
-    a row, 1 where there is a value; numbers as they lie in memory (little-endian, 0 for none), or the lengths
-    of all texts (int64, 0 for none) and then the texts themselves, in UTF-8.
+    It goes over the class names as a JSON list, then over each column of SCHEMA in its order: the
+    name; a byte a row, 1 where there is a value; numbers as they lie in memory (little-endian, 0
+    for none), or the lengths of all texts (int64, 0 for none) and then the texts themselves, in
+    UTF-8.
     """
     digest = hashlib.sha256(json.dumps(list(names)).encode())
     for column in SCHEMA:
@@ -191,8 +190,8 @@ def _check_index(table: pa.Table, names: Sequence[str]) -> None:
 
 
 def write_index(table: pa.Table, uri: str) -> None:
-    """Write `table` with its checksum as `index.parquet` into the folder `uri` (or to the `.parquet` file
-    `uri`), all or nothing.
+    """Write `table` with its checksum as `index.parquet` into the folder `uri` (or to the
+    `.parquet` file `uri`), all or nothing.
     """
     path = uri if has_suffix(uri, ".parquet") else join(absolute(uri), FILE_NAME)
     meta = _metadata(table)
@@ -225,8 +224,8 @@ def index_shards(
         reason).
 
     Raises:
-        UserError: no tar, no good sample, too many bad ones, a `max_bad` that is no share, or a label beyond
-            `classes`.
+        UserError: no tar, no good sample, too many bad ones, a `max_bad` that is no share, or a
+            label beyond `classes`.
     """
     require_share(max_bad)
     uri = absolute(uri)

@@ -1,7 +1,8 @@
 """Which files lie under a folder: every one once, also where links lead in circles.
 
-Links to files are followed, and so are links to folders. A folder that is reached twice, by two links or by a link to
-a folder around it, is refused: its images would count twice, or for ever. Hidden files and folders are left out.
+Links to files are followed, and so are links to folders. A folder that is reached twice, by two
+links or by a link to a folder around it, is refused: its images would count twice, or for ever.
+Hidden files and folders are left out.
 """
 
 import os
@@ -20,13 +21,15 @@ BROKEN_LINK, SPECIAL = "broken links", "pipes, sockets or devices"
 
 
 class Listing(NamedTuple):
-    """Files with a wanted suffix, sorted, relative to the folder; and how many others there are, by kind."""
+    """Sorted names of the wanted files, relative to the folder, and how many others there are."""
 
     names: list[str]
     others: Counter[str]
 
     def left_out(self) -> str:
-        """Say how many files were left out and of which kinds, the commonest first; "" where there are none."""
+        """Say how many files were left out and of which kinds, the commonest first; "" where there
+        are none.
+        """
         ordered = sorted(self.others.items(), key=lambda item: (-item[1], item[0]))
         kinds = [f"{n} {printable(kind)}" for kind, n in ordered[:6]]
         more = ", ..." if len(self.others) > 6 else ""
@@ -39,7 +42,8 @@ def list_folder(
     """List the files under `folder` whose names end in one of `extensions` (lower case, with dot).
 
     Raises:
-        UserError: a folder is reached twice, a wanted name is no UTF-8, or there are too many or too deep.
+        UserError: a folder is reached twice, a wanted name is no UTF-8, or there are too many or
+            too deep.
         OSError: a folder cannot be read.
     """
     local = isinstance(filesystem, pafs.LocalFileSystem)
@@ -114,7 +118,9 @@ def _kind(entry: os.DirEntry) -> str:
 
 
 def _enter(folder: str, name: str, seen: dict[str, str]) -> None:
-    """Note a folder, which is `name` under `folder`; raises UserError where it was there before, or lies too deep."""
+    """Note a folder, which is `name` under `folder`; raises UserError where it was there before, or
+    lies too deep.
+    """
     place = os.path.realpath(posixpath.join(folder, name))
     before = seen.setdefault(place, name)
     said, first = (printable(_escaped(path)) for path in (name, before))

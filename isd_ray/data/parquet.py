@@ -1,7 +1,9 @@
-"""Images in Parquet files: a column of their bytes, one of labels (numbers or names) and, where there is one, of keys.
+"""Images in Parquet files: a column of their bytes, one of labels (numbers or names) and, where
+there is one, of keys.
 
-Every file is looked at before any image is read: what a column may hold is decided by its type, and all files must
-agree. Names of classes are those of the label column itself, of Hugging Face's metadata or of a column `label_name`.
+Every file is looked at before any image is read: what a column may hold is decided by its type, and
+all files must agree. Names of classes are those of the label column itself, of Hugging Face's
+metadata or of a column `label_name`.
 """
 
 import json
@@ -11,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
@@ -28,7 +31,7 @@ _NAMES = "label_name"  # column of class names beside one of numbers
 
 @dataclass(frozen=True)
 class ParquetSource:
-    """Rows [start, stop) of Parquet files laid end to end; images are binary or the struct {bytes, path}."""
+    """Rows [start, stop) of Parquet files end to end; images are binary or structs {bytes, path}."""
 
     files: tuple[str, ...]
     rows: tuple[int, ...]
@@ -87,18 +90,27 @@ class ParquetSource:
         batch.validate(full=True)
         labels = batch[label].to_pylist() if label else [None] * len(batch)
         keys = batch[key].to_pylist() if key else [row_name(first + i) for i in range(len(batch))]
-        for name, content, value in zip(keys, batch[image].to_pylist(), labels, strict=True):
-            content = content.get("bytes") if isinstance(content, dict) else content
+        for name, content, value in zip(keys, _bytes(batch[image]).to_pylist(), labels, strict=True):
             number = self.numbers[value] if self.numbers and value is not None else value
             yield Sample(str(name), content or b"", None if number is None or number < 0 else int(number))
 
 
+def _bytes(images: pa.Array) -> pa.Array:
+    """Return the encoded images alone: what else a struct holds may be of any type, and is not
+    looked at.
+    """
+    if pa.types.is_dictionary(images.type):
+        images = images.dictionary_decode()
+    return pc.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
+
+
 def parquet_source(uri: str, image: str = "image", label: str = "label", key: str = "key") -> ParquetSource:
-    """Open Parquet files with image bytes; labels are whole numbers or names, keys (where there are) too.
+    """Open Parquet files with image bytes; labels are whole numbers or names, keys (where there
+    are) too.
 
     Raises:
-        UserError: no file, one that is damaged, a column that is missing, differs between the files or holds
-            something else, or a label that is too large or has no name.
+        UserError: no file, one that is damaged, a column that is missing, differs between the files
+            or holds something else, or a label that is too large or has no name.
     """
     files = expand(uri, ".parquet")
     wanted = None if label == UNLABELLED else label
@@ -221,7 +233,9 @@ def _kind(schema: pa.Schema, name: str) -> str:
 
 
 def _holds(kind: pa.DataType) -> str:
-    """Return what a type stands for: "numbers" (whole ones), "names", "nothing" (no value at all) or "" (all else)."""
+    """Return what a type stands for: "numbers" (whole ones), "names", "nothing" (no value at all)
+    or "" (all else).
+    """
     kind = _plain(kind)
     if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
         return "numbers"
@@ -262,7 +276,7 @@ def _classes(schemas: dict[str, pa.Schema], label: str) -> tuple[list[str], dict
 
 
 def _number_names(schemas: dict[str, pa.Schema], label: str, top: int) -> list[str]:
-    """Return the names of labels 0 .. top that are numbers: those that the files state, else the numbers."""
+    """Return the names of labels 0 .. top that are numbers: as the files state, else the numbers."""
     first_file, first = next(iter(schemas.items()))
     names = _features(first_file, first, label)
     if names:

@@ -94,10 +94,12 @@ def require_side(side: int) -> None:
 
 
 def whole_size(table: pa.Table, side: int) -> tuple[int, int] | None:
-    """Return (width, height) of images that travel whole to where views of `side` pixels are made, else None.
+    """Return (width, height) of images that travel whole to where views of `side` pixels are made,
+    else None.
 
-    Images do so where all have one size of at most WHOLE_VIEWS times the pixels of a view (or WHOLE_PIXELS). All
-    others are cropped where they are read, so that a batch takes the memory of its views, whatever the camera.
+    Images do so where all have one size of at most WHOLE_VIEWS times the pixels of a view (or
+    WHOLE_PIXELS). All others are cropped where they are read, so that a batch takes the memory of
+    its views, whatever the camera.
 
     Raises UserError for a view without a pixel.
     """

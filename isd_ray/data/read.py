@@ -5,7 +5,7 @@ too, and every row gives an output row: a broken image is a row of zeros with a 
 places and nothing is lost in silence.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -20,9 +20,10 @@ from isd_ray.data import views as v
 from isd_ray.data.decode import MAX_BYTES, BrokenImage, Picture, Shrink, decode
 from isd_ray.data.headers import BLOCK, EXTENDED_BYTES, has_key, stated_size
 from isd_ray.data.packed import UnpackedFile, open_shard
-from isd_ray.data.plan import WINDOW_BYTES
+from isd_ray.data.plan import WINDOW_BYTES, shard_codes
 from isd_ray.data.store import StoredFile
 from isd_ray.data.views import View
+from isd_ray.errors import printable
 
 GAP = (
     64 * 1024
@@ -73,7 +74,8 @@ def read_rows(
     batch: int,
     shape: Shape,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Read rows of the index, a bounded number of bytes at once, and yield them decoded and shaped, `batch` at a time.
+    """Read rows of the index, a bounded number of bytes at once, and yield them decoded and shaped,
+    `batch` at a time.
 
     A block is {image uint8 [b, V, 3, S, S], row [b], position [b], reason [b], seconds float32 [b, 3]};
     `reason` is "" for a good image, a broken one is all zero and says why; `seconds` were spent on the row in
@@ -93,7 +95,7 @@ def read_rows(
 
 
 def _decode(
-    data: Iterator[tuple[Encoded, float]], position: np.ndarray, shape: Shape
+    data: Iterable[tuple[Encoded, float]], position: np.ndarray, shape: Shape
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     number = len(position)
     image = np.zeros((number, *shape.array), dtype=np.uint8)
@@ -191,10 +193,11 @@ def _whole(picture: Picture, shape: Shape) -> np.ndarray:
 
 
 def encoded(filesystem: fs.FileSystem, folder: str, table: pa.Table) -> Iterator[tuple[Encoded, float]]:
-    """Yield every row's image as `read_bytes` gives it, and its share of the seconds that reading took.
+    """Yield every row's image as `read_bytes` gives it, and its share of the seconds that reading
+    took.
 
-    However many rows there are, LOCAL_BYTES of them are held, from a store WINDOW_BYTES, or one image
-    where that is more.
+    However many rows there are, LOCAL_BYTES of them are held, from a store WINDOW_BYTES, or one
+    image where that is more.
     """
     local = isinstance(filesystem, fs.LocalFileSystem)
     sizes = table.column("size").to_numpy()
@@ -208,7 +211,9 @@ def encoded(filesystem: fs.FileSystem, folder: str, table: pa.Table) -> Iterator
 
 
 def pieces(sizes: np.ndarray, most: int) -> Iterator[slice]:
-    """Cut rows of these sizes [bytes] into neighbours that have at most `most` bytes, or into single rows."""
+    """Cut rows of these sizes [bytes] into neighbours that have at most `most` bytes, or into
+    single rows.
+    """
     ends = np.cumsum(np.clip(sizes, 0, MAX_BYTES) + BLOCK)
     start = 0
     while start < len(ends):
@@ -222,11 +227,11 @@ def read_bytes(filesystem: fs.FileSystem, folder: str, table: pa.Table) -> list[
     """Return the bytes of every row's image, neighbours in a shard read together, all at once.
 
     A shard that is not there, or a range where no file of this key and size begins, gives a
-    BrokenImage instead of bytes. Whether the bytes are those that were indexed only decoding shows: an
-    index is made of headers alone, so it holds no checksum of an image. Raises StoreError where a
-    remote store does not answer.
+    BrokenImage instead of bytes. Whether the bytes are those that were indexed only decoding shows:
+    an index is made of headers alone, so it holds no checksum of an image. Raises StoreError where
+    a remote store does not answer.
     """
-    names, shard = np.unique(np.array(table.column("shard").to_pylist()), return_inverse=True)
+    names, shard = table.column("shard").unique().to_pylist(), shard_codes(table)
     offset, size = (table.column(name).to_numpy() for name in ("offset", "size"))
     key = np.array(table.column("key").to_pylist(), dtype=object)
     order = np.lexsort((offset, shard))
@@ -261,8 +266,8 @@ def _read_shard(
                     parts[i] = part
     except FileNotFoundError:
         return [BrokenImage("the shard is missing")] * len(offset)
-    except OSError as error:
-        return [BrokenImage(f"the shard cannot be read: {error}")] * len(offset)
+    except (OSError, pa.ArrowInvalid) as error:  # the latter: a name that no file can have
+        return [BrokenImage(f"the shard cannot be read: {printable(str(error))[:300]}")] * len(offset)
     return parts
 
 
@@ -289,7 +294,9 @@ class OtherFile(BrokenImage):
 
 
 def _cut(data: bytes, key: str, at: int, length: int) -> Encoded:
-    """Return one image, if the tar's headers before it say that a file of this key and length begins here."""
+    """Return one image, if the tar's headers before it say that a file of this key and length
+    begins here.
+    """
     part = data[at : at + length]
     if len(part) < length:
         return BrokenImage(f"the shard ends {length - len(part)} bytes before the image does")

@@ -7,7 +7,7 @@ UNLABELLED = "none"  # given as the name of the label column: there is none
 
 
 class Sample(NamedTuple):
-    """One image as encoded bytes; `key` is its name in the source, `label` None where there is none."""
+    """One image as encoded bytes, its name in the source, and its label, None where it has none."""
 
     key: str
     image: bytes

@@ -1,7 +1,7 @@
-"""What may be asked of each imbalance scheme: names, types and ranges, checked before an image is chosen.
+"""What may be asked of each imbalance scheme: names, types and ranges, checked beforehand.
 
-A number that is out of range must not choose other images in silence: every option of every scheme passes
-here, whether it comes from the command line, a study, a definition or a caller.
+A number that is out of range must not choose other images in silence: every option of every scheme
+passes here, whether it comes from the command line, a study, a definition or a caller.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
-from isd_ray.errors import UserError, nearest, printable
+from isd_ray.errors import UserError, nearest, printable, shown
 
 LARGE, SMALL, CAP, FEW = 8, 30, 1300, 100  # the unbalanced sets of ISD (Tejankar et al., ICCV 2021)
 IMAGES = 10**12  # more than any set holds
@@ -30,7 +30,7 @@ class Natural(Options):
 
 
 class Listed(Options):
-    """The images of a list. files: path of a text file, or names; missing: what to do about one that is not there."""
+    """The images of a list. missing: what to do about one that is not there."""
 
     files: str | tuple[str, ...] = Field(description="the path of a text file, or a list of file names")
     missing: Literal["error", "skip"] = "error"
@@ -48,8 +48,8 @@ class Listed(Options):
 class Quota(Options):
     """Of schemes that ask for so many images a class.
 
-    class_order: "label": class 0 is the largest; "random": by the seed. holdout: images of each class that are
-    left out beforehand.
+    class_order: "label": class 0 is the largest; "random": by the seed. holdout: images of each
+    class that are left out beforehand.
     """
 
     class_order: Literal["label", "random"] = "label"
@@ -57,7 +57,7 @@ class Quota(Options):
 
 
 class Ranked(Quota):
-    """Of schemes that are a law over the ranks. n_max: images of the largest class (default: those there are)."""
+    """Of laws over the ranks. n_max: images of the largest class (default: those there are)."""
 
     n_max: int | None = Field(None, ge=1, le=IMAGES)
 
@@ -82,7 +82,7 @@ class Pareto(Ranked):
 
 
 class Counts(Quota):
-    """counts: images by rank, one number a class; or by class name, where other classes are left out."""
+    """counts: images by rank, one number a class, or by class name, others left out."""
 
     counts: tuple[int, ...] | dict[str, int] = Field(
         description="images of each class, by rank or by class name"
@@ -97,12 +97,12 @@ class Counts(Quota):
             raise ValueError("write the names of classes in quotes")
         for n in counts.values() if isinstance(counts, dict) else counts:
             if type(n) is not int or not 0 <= n <= IMAGES:
-                raise ValueError(f"{_shown(n)} is no number of images")
+                raise ValueError(f"{shown(n)} is no number of images")
         return counts if isinstance(counts, dict) else tuple(counts)
 
 
 class LargeSmall(Quota):
-    """`n_large` classes of `size_large` images and `n_small` (None: the rest) of `size_small`, others of none."""
+    """`n_large` classes of `size_large` images, `n_small` (None: the rest) of `size_small`."""
 
     n_large: int = Field(LARGE, ge=0, le=IMAGES)
     size_large: int = Field(CAP, ge=0, le=IMAGES)
@@ -153,8 +153,8 @@ T = TypeVar("T", bound=Options)
 def read_options(scheme: str | None, options: Mapping[str, Any]) -> Options | Control:
     """Return the checked options of a scheme (None and "none": natural).
 
-    Raises UserError that lists every unknown name, with the nearest known one, and every value of a wrong type
-    or out of its range.
+    Raises UserError that lists every unknown name, with the nearest known one, and every value of a
+    wrong type or out of its range.
     """
     name = "natural" if scheme in (None, "none") else scheme
     if not isinstance(name, str) or name not in _OPTIONS:
@@ -188,17 +188,9 @@ def _fault(scheme: str, model: type[Options], error: ErrorDetails) -> str:
         hint, known = nearest(name, model.model_fields), ", ".join(model.model_fields)
         return f"unknown imbalance option '{name}' of scheme '{scheme}'.{hint} Known: {known}"
     reason = error["msg"].removeprefix("Value error, ").replace("Input should", "it should")
-    return f"imbalance option {name} {_shown(error['input'])} of scheme '{scheme}': {printable(reason)[:200]}"
+    return f"imbalance option {name} {shown(error['input'])} of scheme '{scheme}': {printable(reason)[:200]}"
 
 
 def _unknown_scheme(name: Any, known: Sequence[str] | Mapping[str, Any]) -> str:
     hint = nearest(name[:60], known) if isinstance(name, str) else ""
-    return f"unknown imbalance scheme {_shown(name)}.{hint} Known: {', '.join(known)}"
-
-
-def _shown(value: Any) -> str:
-    """Return a value as a message may repeat it."""
-    if isinstance(value, str):
-        return repr(printable(value[:60]))
-    plain = isinstance(value, float | bool) or (isinstance(value, int) and abs(value) < 10**18)
-    return repr(value) if plain else f"({type(value).__name__})"
+    return f"unknown imbalance scheme {shown(name)}.{hint} Known: {', '.join(known)}"

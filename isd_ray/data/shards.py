@@ -71,8 +71,8 @@ def make_shards(
         max_bad: largest part of the samples that may be no image or miss their label.
 
     Raises:
-        UserError: nothing to read, other parameters than those the folder was made with, a `max_bad` that is
-            no share, or too many bad samples.
+        UserError: nothing to read, other parameters than those the folder was made with, a
+            `max_bad` that is no share, or too many bad samples.
     """
     index.require_share(max_bad)
     if shard_size < 1:
@@ -139,7 +139,8 @@ def write_bad(bad: Sequence[dict], folder: str) -> None:
 
 
 def unique_keys(names: Sequence[str]) -> list[str]:
-    """Turn names in a source into WebDataset keys: no dot, no path tricks, ASCII, of a bounded length, each one once.
+    """Turn names in a source into WebDataset keys: no dot, no path tricks, ASCII, of a bounded
+    length, each one once.
 
     A key keeps the folders and the base name without its extension; what would collide gets its row number.
     """
@@ -236,7 +237,8 @@ def _short(value: object) -> str:
 def _make_one(source: Source, keys: list[str], uri: str) -> tuple[pa.Table, list[dict]]:
     """Write one shard unless it is there and whole; return its index and the samples left out.
 
-    Where no sample is good there is no shard: a tar without a sample would count as damaged ever after.
+    Where no sample is good there is no shard: a tar without a sample would count as damaged ever
+    after.
     """
     kept = _whole(uri, keys)
     if kept is not None:

@@ -7,6 +7,7 @@ gives a small picklable part of it, which one task reads; nothing holds all imag
 
 import importlib
 import io
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -52,15 +53,19 @@ def open_source(
     """Open `KIND:WHERE`, or a plain path or URI whose kind shows (a folder, `*.parquet`, `*.tar`).
 
     `folder:PATH`, `parquet:PATH_OR_GLOB`, `tars:PATH_OR_FOLDER`, `torchvision:NAME` (files under `root`),
-    `sklearn:digits`, `embedded:textures`. Relative paths start at `root`. `label_column="none"` reads images
+    `sklearn:digits`, `embedded:textures`. `folder:PATH/*` has its class folders one level deeper, in folders
+    that group them (`PATH/*/*`: two). Relative paths start at `root`. `label_column="none"` reads images
     unlabelled.
 
     Raises:
         UserError: nothing is there, the kind or name is unknown, or a column is missing.
     """
+    above = 0  # folders above those of the classes
+    while source.startswith("folder:") and source.endswith("/*"):
+        source, above = source.removesuffix("/*"), above + 1
     kind, where = _kind(source, root)
     if kind == "folder":
-        return folder_source(where)
+        return folder_source(where, above)
     if kind == "parquet":
         return parquet_source(where, image_column, label_column, key_column)
     if kind == "tars":
@@ -126,13 +131,15 @@ class FolderSource:
             yield Sample(path, read_bytes(join(self.folder, path), MAX_BYTES + 1), label)
 
 
-def folder_source(folder: str) -> FolderSource:
+def folder_source(folder: str, above: int = 0) -> FolderSource:
     """Open a folder of class folders (labels in order of their names) or a flat folder of unlabelled images.
 
     Files that are no images by their names are left out, with one line that says how many of which kinds.
+    above: levels of folders between `folder` and those of the classes; a class is named by its own folder.
 
     Raises:
-        UserError: no image, or images beside class folders (then it is unclear what is a class).
+        UserError: no image, images beside class folders (then it is unclear what is a class), or two classes of
+            one name; AbsentError where no image lies as deep as `above` says.
     """
     found = listing(folder, EXTENSIONS, recursive=True)
     paths, said = found.names, printable(folder)
@@ -140,14 +147,20 @@ def folder_source(folder: str) -> FolderSource:
         raise AbsentError(f"no image under '{said}': looked for {', '.join(EXTENSIONS)}")
     if left_out := found.left_out():
         say(f"note: '{said}': {left_out}; images are {', '.join(EXTENSIONS)}")
-    flat = ["/" not in p for p in paths]
+    flat = [p.count("/") <= above for p in paths]
     if all(flat):
+        if above:
+            raise AbsentError(f"no class folder in the folders of '{said}': their images lie less deep")
         return FolderSource(folder, paths, None, [])
     if any(flat):
         first = printable(paths[flat.index(True)])
         raise UserError(f"'{said}' holds both images and class folders, e.g. '{first}': move it")
-    owners = [p.split("/", 1)[0] for p in paths]
-    classes = sorted(set(owners))
+    places = sorted({tuple(p.split("/")[: above + 1]) for p in paths})
+    owners = [p.split("/")[above] for p in paths]
+    classes = sorted({place[above] for place in places})
+    if len(classes) < len(places):
+        common, n = Counter(place[above] for place in places).most_common(1)[0]
+        raise UserError(f"'{said}' has {n} classes of the name '{printable(common)}': rename their folders")
     number = {name: i for i, name in enumerate(classes)}
     return FolderSource(folder, paths, [number[o] for o in owners], classes)
 

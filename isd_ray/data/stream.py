@@ -47,24 +47,27 @@ class Stream:
     """The batches of one rank.
 
     table: the index; size: side of a view in pixels; views: names or View values; rank, world: this
-    rank's place. cache: "memory" keeps the decoded set in this process (every rank holds all of it, since
-    the plan mixes the whole set); "object_store" once a node, for all its ranks; "device" on `device`,
-    where batches then lie; "none" reads the shards every epoch; "auto" takes memory for a set whose images
-    travel whole (`plan.whole_size`) and need at most 2 GiB and a fifth of the machine's memory, else none.
-    finish: have the reading tasks make the views altogether, not only their crops. max_bad: share of the
-    set that may be broken; a rank counts the broken images that it has met, each once, in `bad`.
+    rank's place. cache: "memory" keeps the decoded set in this process (every rank holds all of it,
+    since the plan mixes the whole set); "object_store" once a node, for all its ranks; "device" on
+    `device`, where batches then lie; "none" reads the shards every epoch; "auto" takes memory for a
+    set whose images travel whole (`plan.whole_size`) and need at most 2 GiB and a fifth of the
+    machine's memory, else none. finish: have the reading tasks make the views altogether, not only
+    their crops. max_bad: share of the set that may be broken; a rank counts the broken images that
+    it has met, each once, in `bad`.
 
-    With cache="none" memory is bounded, whatever the size of the set and of its images and the speed of
-    the reader: in the object store by T + 1 times 32 MiB of decoded images (or one batch, where that is
-    more), T being the tasks at once, the rank's share of the cluster's CPUs, or fewer where all ranks' would
-    fill more than half of the store; in a task by 64 MiB of encoded images (512 MiB from a store, or one
-    image where that is more), held twice while they are read, one decoded image and one block.
+    With cache="none" memory is bounded, whatever the size of the set and of its images and the
+    speed of the reader: in the object store by T + 1 times 32 MiB of decoded images (or one batch,
+    where that is more), T being the tasks at once, the rank's share of the cluster's CPUs, or fewer
+    where all ranks' would fill more than half of the store; in a task by 64 MiB of encoded images
+    (512 MiB from a store, or one image where that is more), held twice while they are read, one
+    decoded image and one block.
 
     The batches depend on (table, seed, global_batch) only, not on cache, world or the machine; `finish` rounds them to
     whole grey levels.
 
-    Raises UserError for an unknown view or cache, for a cache that cannot hold the set or its finished
-    views, for a size or `max_bad` that cannot be, and for a set smaller than one global batch.
+    Raises UserError for an unknown view or cache, for a cache that cannot hold the set or its
+    finished views, for a size or `max_bad` that cannot be, and for a set smaller than one global
+    batch.
     """
 
     def __init__(
@@ -189,8 +192,8 @@ class Stream:
 
 
 def ordered(table: pa.Table, *, size: int, batch: int = 256, max_bad: float = 0.01) -> Iterator[Batch]:
-    """Yield the whole set once in index order, for evaluation: each image as it is, or, where images do not travel
-    whole (`plan.whole_size`), the centre view of `size` pixels.
+    """Yield the whole set once in index order, for evaluation: each image as it is, or, where
+    images do not travel whole (`plan.whole_size`), the centre view of `size` pixels.
 
     A broken image is left out (`index` says which rows there are). Raises UserError past `max_bad`.
     """
@@ -204,7 +207,7 @@ def ordered(table: pa.Table, *, size: int, batch: int = 256, max_bad: float = 0.
 
 
 def centre_shape(table: pa.Table, size: int) -> Shape:
-    """Return how evaluation reads a set: images that travel whole as they are, others as centre views."""
+    """Return how evaluation reads images: those that travel whole as they are, else centre views."""
     whole = whole_size(table, size)
     return Shape(whole[::-1]) if whole else Shape((size, size), center=True)
 

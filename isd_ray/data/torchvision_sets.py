@@ -14,7 +14,7 @@ from torchvision import datasets
 from isd_ray.data.files import AbsentError, read_bytes
 from isd_ray.data.samples import Sample
 from isd_ray.data.sources import png
-from isd_ray.errors import UserError, nearest
+from isd_ray.errors import UserError, nearest, printable
 
 _BY_TRAIN: dict[str, dict[str, Any]] = {"train": {"train": True}, "test": {"train": False}}
 _BY_SPLIT: dict[str, dict[str, Any]] = {"train": {"split": "train"}, "test": {"split": "test"}}
@@ -59,7 +59,7 @@ def build(name: str, split: str, root: str | None, download: bool) -> Any:
     """
     if name not in SETS:
         raise UserError(
-            f"unknown torchvision set '{name}'.{nearest(name, SETS)} Known: {', '.join(sorted(SETS))}"
+            f"unknown torchvision set '{printable(name)}'.{nearest(name, SETS)} Known: {', '.join(sorted(SETS))}"
         )
     if split not in SETS[name]:
         raise UserError(f"torchvision:{name} has no split '{split}': there are {', '.join(SETS[name])}")
@@ -80,10 +80,9 @@ def _construct(kind: Any, name: str, arguments: dict[str, Any], download: bool) 
         return kind(**arguments)
     except OSError as error:
         if download:
-            raise UserError(
-                f"cannot download torchvision:{name} ({_line(error)}): is there a network? "
-                f"Otherwise put its files under '{arguments.get('root')}'"
-            ) from error
+            fault = f"cannot download torchvision:{name} ({_line(error)}): is there a network? "
+            place = f"Otherwise put its files under '{arguments.get('root')}'"
+            raise UserError(printable(fault + place)) from error
         raise _missing(name, arguments, error) from error
     except (RuntimeError, ValueError, ImportError) as error:
         raise _missing(name, arguments, error) from error
@@ -91,10 +90,8 @@ def _construct(kind: Any, name: str, arguments: dict[str, Any], download: bool) 
 
 def _missing(name: str, arguments: dict[str, Any], error: Exception) -> AbsentError:
     remedy = "" if arguments.get("download") else ", or allow the download (--download)"
-    return AbsentError(
-        f"torchvision:{name} cannot be read under '{arguments.get('root')}' ({_line(error)}): "
-        f"put its files there{remedy}"
-    )
+    fault = f"torchvision:{name} cannot be read under '{arguments.get('root')}' ({_line(error)})"
+    return AbsentError(printable(f"{fault}: put its files there{remedy}"))
 
 
 def _line(error: Exception) -> str:
@@ -104,6 +101,7 @@ def _line(error: Exception) -> str:
 def class_names(data: Any) -> list[str]:
     """Return the class names of a torchvision set, or [] where it has none."""
     names = getattr(data, "classes", None) or getattr(data, "categories", None)
+    names = names or getattr(data, "all_categories", None)  # of iNaturalist: their folders
     if isinstance(names, list | tuple) and all(isinstance(n, str | tuple) for n in names):
         return [n if isinstance(n, str) else n[0] for n in names]
     return [str(i) for i in range(getattr(data, "num_classes", 0))]
@@ -111,6 +109,9 @@ def class_names(data: Any) -> list[str]:
 
 def item(data: Any, i: int) -> tuple[Any, int | None]:
     """Return (the bytes of the image file, or a PIL image where there is no file; label or None)."""
+    if isinstance(data, datasets.INaturalist):
+        label, name = data.index[i]
+        return read_bytes(str(Path(data.root, data.all_categories[label], name))), int(label)
     files = getattr(data, "samples", None) or getattr(data, "_samples", None)
     if isinstance(files, list) and isinstance(files[i][0], str | Path):
         path, label = files[i]

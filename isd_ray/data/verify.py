@@ -107,7 +107,9 @@ def _verify_one(folder: str, name: str, rows: pa.Table) -> Report:
 
 
 def _differences(name: str, rows: pa.Table, found: pa.Table, named: set[str | None]) -> list[dict[str, Any]]:
-    """What the index says of a shard and its headers do not, and the other way round; not of keys in `named`."""
+    """What the index says of a shard and its headers do not, and the other way round; not of keys
+    in `named`.
+    """
     said, real = (
         {row["key"]: row for row in t.to_pylist() if row["key"] not in named} for t in (rows, found)
     )

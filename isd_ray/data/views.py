@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from isd_ray.errors import UserError, nearest
+from isd_ray.errors import UserError, nearest, printable
 
 TRIES = 10  # of torchvision's RandomResizedCrop before it falls back to a centre crop
 RATIO = (3 / 4, 4 / 3)
@@ -51,7 +51,10 @@ class View:
 
 _STRONG = View(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grey_p=0.2, blur_p=0.5)
 _SIMCLR = View(scale=(0.08, 1.0), jitter=(0.8, 0.8, 0.8, 0.2), jitter_p=0.8, grey_p=0.2, blur_p=0.5)
-_BYOL = View(scale=(0.08, 1.0), jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, grey_p=0.2)
+_BYOL = View(
+    scale=(0.08, 1.0), interpolation="bicubic", jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, grey_p=0.2
+)
+_DINO = replace(_BYOL, scale=(0.4, 1.0))
 
 _PIRL = View(jitter=(0.4, 0.4, 0.4, 0.2), jitter_p=0.8, grey_p=0.2)
 
@@ -69,6 +72,9 @@ VIEWS: dict[str, View] = {
     "simclr_cifar": View(scale=(0.08, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grey_p=0.2),
     "byol_1": replace(_BYOL, blur_p=1.0),
     "byol_2": replace(_BYOL, blur_p=0.1, solarize_p=0.2),
+    "dino_1": replace(_DINO, blur_p=1.0),
+    "dino_2": replace(_DINO, blur_p=0.1, solarize_p=0.2),
+    "dino_small": replace(_BYOL, scale=(0.05, 0.4), blur_p=0.5, side=96 / 224),
     "sdclr_cifar": View(
         scale=(0.1, 1.0), interpolation="bicubic", jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grey_p=0.2
     ),
@@ -85,7 +91,9 @@ def get_views(views: Sequence[str | View]) -> list[View]:
     """Return the recipes of names (a View stands for itself). Raises UserError for an unknown name."""
     for view in views:
         if isinstance(view, str) and view not in VIEWS:
-            raise UserError(f"No view is named '{view}'.{nearest(view, VIEWS)} Known: {', '.join(VIEWS)}.")
+            raise UserError(
+                f"No view is named '{printable(view)}'.{nearest(view, VIEWS)} Known: {', '.join(VIEWS)}."
+            )
     return [VIEWS[view] if isinstance(view, str) else view for view in views]
 
 

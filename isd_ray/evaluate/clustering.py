@@ -33,10 +33,9 @@ def agreement(found: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def describe(number: int, seed: int) -> dict[str, Any]:
-    """Return the protocol of both numbers."""
+    """Return the settings of both numbers."""
     return {
         "name": "kmeans",
-        "version": 1,
         "features": "test set",
         "normalisation": "l2",
         "clusters": number,

@@ -7,7 +7,7 @@ of the same seed.
 import torch
 from torch import Tensor
 
-from isd_ray.evaluate.names import share_of
+from isd_ray.evaluate.protocols.labels import share_of
 
 
 def shuffled_by_class(labels: Tensor, classes: int, seed: int) -> list[Tensor]:

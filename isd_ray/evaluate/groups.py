@@ -90,11 +90,15 @@ def scores(predictions: Tensor, labels: Tensor, classes: int, groups: Groups) ->
     tested = torch.bincount(labels, minlength=classes)
     hit = torch.bincount(labels[predictions == labels], minlength=classes)
     per_class = [100 * h / n if n else None for h, n in zip(hit.tolist(), tested.tolist(), strict=True)]
+    return {"accuracy": 100 * int(hit.sum()) / len(labels), **means(per_class, groups)}
+
+
+def means(per_class: Sequence[float | None], groups: Groups) -> dict[str, Any]:
+    """Return what follows from the accuracies of the classes [C]: the other numbers of `scores`."""
     by_group = {name: _mean([per_class[c] for c in members]) for name, members in groups.items()}
     values = [v for v in by_group.values() if v is not None]
     complete = len(values) == len(by_group) >= 2
     return {
-        "accuracy": 100 * int(hit.sum()) / len(labels),
         "class_mean": _mean(per_class),
         "per_class": per_class,
         "groups": by_group,
@@ -113,6 +117,6 @@ def mean_of(draws: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**mean, "per_class": per_class, "groups": groups}
 
 
-def _mean(values: list[float | None]) -> float | None:
+def _mean(values: Sequence[float | None]) -> float | None:
     known = [v for v in values if v is not None]
     return sum(known) / len(known) if known else None

@@ -79,7 +79,7 @@ def linear(
     seed: int = 0,
     device: str | torch.device | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Train the linear head; return its predictions int64 [Q] for `test_features` [Q, d], and the protocol.
+    """Train the linear head; return its predictions int64 [Q] for `test_features` [Q, d], and the settings.
 
     train_features: one copy [N, d] of the training features or several (one an augmented view); epoch e uses
     copy e mod len(train_features). `reference` [N, d] gives mean and variance (default: the first copy); pass
@@ -106,7 +106,6 @@ def _describe(recipe: LinearRecipe, copies: int, images: int, seed: int) -> dict
     decay = {"gamma": 0.1} if recipe.final_lr is None else {"gamma": "final_lr, exponentially"}
     return {
         "name": NAMES.get(recipe, "linear"),
-        "version": 1,
         "normalisation": "l2, then standardised by the training features" if recipe.normalise else "none",
         **asdict(recipe),
         **decay,

@@ -66,7 +66,7 @@ def transfer(
     lambdas: Sequence[float] = LAMBDAS,
     seed: int = 0,
 ) -> tuple[Tensor, dict[str, Any], dict[str, Any]]:
-    """Choose the penalty, fit on all labelled images; return predictions int64 [Q] for `test`, protocol and details.
+    """Choose the penalty, fit on all labelled images; return predictions int64 [Q] for `test`, settings and details.
 
     train [N, d], test [Q, d]: features as they are, not normalised; validation: features and labels, where the set
     has its own (default: a fifth of every training class, drawn by `seed`). metric: "top-1" or "mean per class", by
@@ -114,10 +114,9 @@ def choose(
 
 
 def describe(images: int, metric: str, seed: int, lambdas: Sequence[float], own: bool) -> dict[str, Any]:
-    """Return the protocol."""
+    """Return the settings."""
     return {
         "name": "logistic_lbfgs",
-        "version": 1,
         "normalisation": "none",
         "solver": "torch L-BFGS, strong Wolfe",
         "iterations": ITERATIONS,

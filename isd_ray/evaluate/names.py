@@ -1,136 +1,89 @@
-"""What a protocol is called and what it needs of the data, known without features, so that faults show before training.
+"""Names of protocols, and every fault of a choice of them that shows before anything runs.
 
-A name is a family and, in some, a number: `knn20`, `knn200_weighted`, `fewshot10` (labelled images a class), `labels1`
-(percent of the labelled images), `transfer/cifar10`. Imports no torch: the configuration checks names.
+A name is a protocol's and, in some, a number or a target: `knn20`, `fewshot10` (labelled images a
+class), `labels1` (percent of the labelled images), `transfer/cifar10`. Imports no torch: the
+configuration checks names.
 """
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
-from isd_ray.errors import UserError, nearest
-from isd_ray.evaluate.transfer_sets import TRANSFER_SETS
+from isd_ray.errors import UserError, nearest, shown
+from isd_ray.evaluate.protocol import Name, Protocol
+from isd_ray.evaluate.protocols import PROTOCOLS
 
-DEFAULT = ("knn1", "knn20", "knn200_weighted", "linear")
-FAMILIES = {  # pattern of the whole name -> family
-    r"knn([1-9]\d*)": "knn",
-    r"knn([1-9]\d*)_weighted": "knn_weighted",
-    r"linear": "linear",
-    r"linear_sdclr": "linear_sdclr",
-    r"linear_bcl": "linear_bcl",
-    r"fewshot([1-9]\d*)": "fewshot",
-    r"labels([1-9]\d?|100)": "labels",
-    r"nmi": "nmi",
-    r"ari": "ari",
-    r"transfer/(.+)": "transfer",
-}
-EXAMPLES = (
-    *DEFAULT, "linear_sdclr", "linear_bcl", "fewshot10", "labels1", "labels10", "nmi", "ari",
-    *(f"transfer/{name}" for name in TRANSFER_SETS),
-)  # fmt: skip
-
-
-class Name(NamedTuple):
-    """A protocol's name in parts; `number` is 0 in a family without one, `target` "" but for transfer."""
-
-    family: str
-    number: int = 0
-    target: str = ""
+ALONG = ("knn1", "knn20", "knn200_weighted")  # measured every few epochs, unless others are named
+DEFAULT = (*ALONG, "linear")
+FORMS = ", ".join(protocol.form for protocol in PROTOCOLS)
+CHEAP = ", ".join(protocol.form for protocol in PROTOCOLS if protocol.cheap)
 
 
 def parse(name: str) -> Name:
     """Read a protocol's name; raises UserError with the nearest one."""
-    for pattern, family in FAMILIES.items():
-        match = re.fullmatch(pattern, name)
-        if match and family == "transfer":
-            if match[1] not in TRANSFER_SETS:
-                break
-            return Name(family, target=match[1])
-        if match:
-            return Name(family, int(match[1]) if match.groups() else 0)
-    sets = f", SET one of {', '.join(TRANSFER_SETS)}" if name.startswith("transfer") else ""
-    raise UserError(
-        f"unknown protocol '{name}'.{nearest(name, EXAMPLES)} There are knnK, knnK_weighted, linear, linear_sdclr, "
-        f"linear_bcl, fewshotN, labelsP (percent), nmi, ari, transfer/SET{sets}"
-    )
+    for protocol in PROTOCOLS:
+        if match := re.fullmatch(protocol.pattern, name):
+            parts = match.groupdict()
+            return Name(protocol, int(parts.get("number", 0)), parts.get("target", ""))
+    known = examples()
+    head, slash, _ = name.partition("/")
+    targets = [other for other in known if slash and other.startswith(head + slash)]
+    more = f": {', '.join(targets)}" if targets else ""
+    hint = nearest(name, known)
+    raise UserError(f"unknown protocol {shown(name)}.{hint} There are {FORMS}{more}")
 
 
-def check_protocols(
-    names: Sequence[str],
-    bank_counts: Sequence[int],
-    test_counts: Sequence[int],
-    *,
-    transfer_root: str | None = None,
-) -> list[str]:
-    """Return every fault of the protocols on this data, a sentence each; [] where all can run.
+def examples(cheap: bool = False) -> list[str]:
+    """Return a name or two of every protocol, or of every cheap one; of one with targets all."""
+    return [name for p in PROTOCOLS if p.cheap or not cheap for name in p.examples]
 
-    bank_counts, test_counts [C]: labelled images of each class in bank and test set. Unknown and repeated names, a k
-    beyond the bank, few-shot beyond the smallest class, a share of labels that is no image, transfer without
-    `transfer_root`, and classes that only bank or test set have.
+
+def listing() -> str:
+    """Return what there is to measure, a line a protocol: form, what it is, what it needs."""
+    width = max(len(protocol.form) for protocol in PROTOCOLS)
+    return "\n".join(f"  {p.form:{width}}  {p.help} [{_needs(p)}]" for p in PROTOCOLS)
+
+
+def _needs(protocol: Protocol) -> str:
+    parts = {
+        "bank in memory" if protocol.whole_bank else "bank": protocol.bank,
+        "test set": protocol.test,
+        "files of the set": protocol.other_set,
+        "labels": protocol.labels,
+    }
+    return ", ".join(part for part, needed in parts.items() if needed)
+
+
+def name_faults(names: Sequence[str], cheap: bool = False) -> list[str]:
+    """Return a fault for each name that is unknown or stands there twice, and one for no name.
+
+    cheap: for each, too, that takes too long to be measured every few epochs.
     """
-    return [
-        *name_faults(names),
-        *transfer_faults(names, transfer_root),
-        *_size_faults(names, bank_counts, test_counts),
-        *class_faults(bank_counts, test_counts),
-    ]
-
-
-def name_faults(names: Sequence[str]) -> list[str]:
-    """Return a fault for each name that is unknown or stands there twice, and one where there is no name."""
-    faults = [] if names else [f"no protocol is named: choose some of {', '.join(EXAMPLES)}"]
+    faults = [] if names else [f"no protocol is named: choose some of {', '.join(examples(cheap))}"]
     for name in dict.fromkeys(names):
         if list(names).count(name) > 1:
-            faults.append(f"protocol '{name}' is named twice")
+            faults.append(f"protocol {shown(name)} is named twice")
         try:
-            parse(name)
+            protocol = parse(name).protocol
+            if cheap and not protocol.cheap:
+                faults.append(f"{name} takes too long to be measured on the way; choose of {CHEAP}")
         except UserError as error:
             faults.append(str(error))
     return faults
 
 
 def transfer_faults(names: Sequence[str], root: str | None) -> list[str]:
-    """Return a fault where transfer is asked for and nobody says where the sets lie."""
-    asked = [name for name in names if name.startswith("transfer/")]
+    """Return a fault where another set is asked for and nobody says where the sets lie."""
+    asked = [name for name in names if parse(name).protocol.other_set]
     if not asked or root is not None:
         return []
     return [f"{', '.join(asked)}: give --evaluate.transfer_root, the folder that holds torchvision's files"]
 
 
-def _size_faults(names: Sequence[str], bank: Sequence[int], test: Sequence[int]) -> Iterator[str]:
-    for name in dict.fromkeys(names):
-        try:
-            fault = impossible(parse(name), bank, test)
-        except UserError:
-            continue
-        if fault:
-            yield f"{name}: {fault}"
-
-
-def impossible(name: Name, bank: Sequence[int], test: Sequence[int]) -> str | None:
-    """Return why a protocol cannot run on sets with so many images a class, None where it can."""
-    images, sizes = int(sum(bank)), {c: int(n) for c, n in enumerate(bank) if n}
-    if name.family in ("knn", "knn_weighted") and name.number > images:
-        return f"the bank has {images} images, fewer than k = {name.number}"
-    if name.family.startswith("linear") and images < 2:
-        return f"the bank has {images} images; a classifier needs at least 2"
-    rarest = min(sizes, key=lambda c: sizes[c], default=0)
-    if name.family == "fewshot" and name.number > sizes.get(rarest, 0):
-        return f"class {rarest} has {sizes.get(rarest, 0)} images in the bank, fewer than {name.number}"
-    if name.family == "labels" and share_of(sizes.get(rarest, 0), name.number) < 1:
-        return (
-            f"class {rarest} has {sizes.get(rarest, 0)} images in the bank, of which {name.number} % is none"
-        )
-    if name.family in ("nmi", "ari"):
-        clusters = sum(1 for n in test if n)
-        if clusters < 2:
-            return f"the test set has {clusters} classes; clusters are compared with at least 2"
-    return None
-
-
-def share_of(images: int, percent: int) -> int:
-    """Return `percent` % of a number of images, halves rounded up."""
-    return (images * percent + 50) // 100
+def size_faults(names: Sequence[str], bank: Sequence[int], test: Sequence[int]) -> Iterator[str]:
+    """Yield a fault for each protocol that cannot run on sets of so many images a class [C]."""
+    for name in names:
+        if reason := parse(name).impossible(bank, test):
+            yield f"{name}: {reason}"
 
 
 def class_faults(bank_counts: Sequence[int], test_counts: Sequence[int]) -> list[str]:
@@ -148,6 +101,6 @@ def class_faults(bank_counts: Sequence[int], test_counts: Sequence[int]) -> list
     return faults
 
 
-def _classes(numbers: Sequence[int], shown: int = 8) -> str:
-    some = ", ".join(map(str, numbers[:shown])) + (", ..." if len(numbers) > shown else "")
+def _classes(numbers: Sequence[int], most: int = 8) -> str:
+    some = ", ".join(map(str, numbers[:most])) + (", ..." if len(numbers) > most else "")
     return f"class {some} has" if len(numbers) == 1 else f"classes {some} have"

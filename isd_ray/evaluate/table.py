@@ -16,26 +16,7 @@ from isd_ray.markup import LONGEST_NAME, as_markdown, in_markdown
 WIDTH = 100
 COLUMNS = 8  # metrics of a table that fit into the width
 MAX_CLASSES = 20  # more do not fit into a line; they stand in result.json
-TITLES = {
-    "knn": "{n}-NN",
-    "knn_weighted": "{n}-NN\nweighted",
-    "linear": "linear",
-    "linear_sdclr": "linear\nSDCLR",
-    "linear_bcl": "linear\nBCL",
-    "fewshot": "{n}-shot",
-    "labels": "{n} %\nlabels",
-    "nmi": "NMI",
-    "ari": "ARI",
-    "transfer": "to\n{target}",
-}
-MAIN = ("knn", "knn_weighted", "linear")  # these stand beside the groups, the others in tables of their own
 Grid = tuple[str, list[str], list[list[str]]]  # title, header (a line break divides a title), rows
-
-
-def title(metric: str) -> str:
-    """Return what a metric is called on a page, e.g. "20-NN"; a line break divides it."""
-    name = parse(metric)
-    return TITLES[name.family].format(n=name.number, target=name.target)
 
 
 def print_table(
@@ -76,7 +57,7 @@ def markdown(result: dict[str, Any], *, class_names: Sequence[str] | None = None
 def _grids(result: dict[str, Any], by: str) -> list[Grid]:
     """The main metrics with the groups of metric `by` and their std, then the others, COLUMNS at a time."""
     metrics = list(next(iter(result["metrics"].values())))
-    main = [m for m in metrics if parse(m).family in MAIN][:COLUMNS]
+    main = [m for m in metrics if parse(m).protocol.main][:COLUMNS]
     groups = list(result["protocol"]["groups"]["classes"]) if by in main else []
     grids = [("Accuracy on the test set (%)", *_cells(result, main, [*groups, "std"] if groups else [], by))]
     rest = [m for m in metrics if m not in main]
@@ -88,7 +69,8 @@ def _grids(result: dict[str, Any], by: str) -> list[Grid]:
 def _cells(
     result: dict[str, Any], metrics: list[str], extra: list[str], by: str
 ) -> tuple[list[str], list[list[str]]]:
-    header = ["", *[title(m) for m in metrics], *[f"{title(by)}\n{name}" for name in extra]]
+    lead = parse(by).title
+    header = ["", *[parse(m).title for m in metrics], *[f"{lead}\n{name}" for name in extra]]
     rows = []
     for name, values in result["metrics"].items():
         by_group = (result["groups"][name].get(by) or {}) | {"std": result["std"][name].get(by)}
@@ -106,7 +88,7 @@ def _notes(result: dict[str, Any], by: str, class_names: Sequence[str] | None) -
         known = class_names or [str(c) for c in range(len(per_class))]
         names = [harmless(name, LONGEST_NAME) for name in known]
         each = ", ".join(f"{c} {_percent(v)}" for c, v in zip(names, per_class, strict=True))
-        notes.append(f"{_one_line(title(by))} per class, {name}: {each}")
+        notes.append(f"{_one_line(parse(by).title)} per class, {name}: {each}")
     sizes = ", ".join(f"{group} {len(members)}" for group, members in protocol["groups"]["classes"].items())
     notes.append(f"Classes by pretraining count: {sizes or 'all equally frequent'}.")
     bank = protocol["bank"]
@@ -114,7 +96,7 @@ def _notes(result: dict[str, Any], by: str, class_names: Sequence[str] | None) -
                  f"{bank['smallest_class']} to {bank['largest_class']} a class.")  # fmt: skip
     for metric, p in protocol.items():
         if "left_out" in p:
-            notes.append(f"{_one_line(title(metric))} is left out: {p['left_out']}.")
+            notes.append(f"{_one_line(parse(metric).title)} is left out: {p['left_out']}.")
     return notes
 
 

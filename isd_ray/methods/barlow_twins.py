@@ -26,7 +26,8 @@ class BarlowTwins(Method):
 
     The paper's projector is 8192 wide; it trains with LARS (lr .2 a 256 images, wd 1e-6, batches of 2048, 10 epochs of
     warm-up) at scale .024, the CIFAR recipe of solo-learn at .1 (lr .3, wd 1e-4). The defaults take 2048 and plain SGD,
-    whose lr must be small: the loss begins at about 2000 times the scale.
+    whose lr must be small: the loss begins at about 2000 times the scale. The last batch norm of
+    each block of the backbone starts at 1, in the authors' code at 0.
     """
 
     uses_queue: ClassVar[bool] = False

@@ -1,7 +1,8 @@
 """Methods differ in heads, views and loss; the loop, the evaluation and the checkpoints see none of that."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -101,6 +102,25 @@ class StudentTeacher(Method):
 def encoder(backbone: nn.Module, projector: nn.Module) -> nn.Sequential:
     """Images [b, 3, S, S] -> embeddings [b, D]."""
     return nn.Sequential(OrderedDict(backbone=backbone, projector=projector))
+
+
+def by_size(network: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> list[Tensor]:
+    """Output [b, D] for each view [b, 3, S, S]; neighbouring views of one size pass as one batch.
+
+    They then share their batch statistics, as in the published codes of SwAV, DeepCluster-v2 and
+    DINO.
+    """
+    outputs: list[Tensor] = []
+    for _, group in groupby(views, key=lambda view: view.shape[1:]):
+        alike = list(group)
+        outputs += network(torch.cat(alike)).chunk(len(alike))
+    return outputs
+
+
+def multi_crop(encoder: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
+    """Embeddings [b, D] of views: of one size through the backbone, all through the projector."""
+    features = by_size(encoder.get_submodule("backbone"), views)
+    return list(encoder.get_submodule("projector")(torch.cat(features)).chunk(len(views)))
 
 
 def width(backbone: nn.Module) -> int:

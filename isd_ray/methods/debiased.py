@@ -25,7 +25,8 @@ class Debiased(SimCLR):
 
     Published: temperature .5, prior .1 on CIFAR-10 and STL-10, Adam (lr 1e-3, wd 1e-6), batches of 256, projector
     2048 -> 512 -> 128. The defaults keep temperature and prior and take head and optimiser of `simclr`, so that the two
-    differ in the loss alone.
+    differ in the loss alone; both views then pass the network as one batch, in the authors' code
+    each by itself.
     """
 
     defaults: ClassVar[dict[str, Any]] = {**SimCLR.defaults, "method.class_prior": 0.1}

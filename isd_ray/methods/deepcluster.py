@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from isd_ray.errors import UserError
-from isd_ray.methods.base import Method, Output, encoder, full_precision, spread, unit, width
+from isd_ray.methods.base import Method, Output, encoder, full_precision, multi_crop, spread, unit, width
 from isd_ray.models.heads import mlp
 from isd_ray.queue.clusters import spherical_kmeans
 
@@ -88,7 +88,7 @@ class DeepClusterV2(Method):
     def forward(
         self, views: list[Tensor], index: Tensor, label: Tensor | None = None, diagnose: bool = False
     ) -> Output:
-        z = [unit(self.student(view)) for view in views]
+        z = [unit(x) for x in multi_crop(self.student, views)]
         target = self.bank.read_ids(index)  # b x clusterings
         with full_precision(index):
             loss = torch.stack([self.loss(x, target) for x in z]).mean()

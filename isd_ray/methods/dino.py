@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from isd_ray.errors import UserError
-from isd_ray.methods.base import Method, Output, encoder, full_precision, spreads, unit, width
+from isd_ray.methods.base import Method, Output, by_size, encoder, full_precision, spreads, unit, width
 from isd_ray.methods.simclr import local
 from isd_ray.models.prototypes import Prototypes
 from isd_ray.models.teacher import Teacher
@@ -40,7 +40,7 @@ class DINO(Method):
     Published for ImageNet: 65 536 prototypes, temperature_teacher from .04 to .07 over 30 epochs, momentum .996 to 1,
     prototypes frozen for an epoch, AdamW (lr 5e-4 a 256 images, weight decay from .04 to .4). The CIFAR recipe of
     solo-learn: 4096 prototypes, momentum .9995, LARS lr .3. The defaults take fewer prototypes, a constant temperature,
-    a momentum for short runs, and plain SGD.
+    a momentum for short runs, and plain SGD; further views of theirs are `dino_small`.
     """
 
     uses_queue: ClassVar[bool] = False
@@ -52,7 +52,7 @@ class DINO(Method):
         "method.centre": 0.9,
         "method.momentum": 0.99,
         "method.momentum_schedule": "cosine",
-        "method.views": ["byol_1", "byol_2"],
+        "method.views": ["dino_1", "dino_2"],
         "train.batch_norm": "sync",
         "train.lr": 0.1,
         "train.schedule": "cosine",
@@ -87,9 +87,16 @@ class DINO(Method):
 
     @staticmethod
     def head(dim: int, count: int, frozen: int) -> nn.Module:
-        """Features [b, dim] -> scores [b, count] against prototypes."""
+        """Features [b, dim] -> scores [b, count] against prototypes.
+
+        Weights start normal of deviation .02, cut at 2, and biases at 0, as in the authors' code.
+        """
         layers = [nn.Linear(dim, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, HIDDEN), nn.GELU()]
         layers += [nn.Linear(HIDDEN, BOTTLENECK), Unit()]
+        for layer in layers:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
         return nn.Sequential(*layers, Prototypes(BOTTLENECK, count, "weight", frozen))
 
     def update_teacher(self, momentum: float) -> None:
@@ -101,8 +108,8 @@ class DINO(Method):
     def forward(
         self, views: list[Tensor], index: Tensor, label: Tensor | None = None, diagnose: bool = False
     ) -> Output:
-        scores = [self.student(view) for view in views]  # V times b x P
-        targets = [self.teacher(view) for view in views[:2]]  # b x P, no gradient
+        scores = by_size(self.student, views)  # V times b x P
+        targets = by_size(self.teacher, views[:2])  # b x P, no gradient
         with full_precision(index):
             loss = self.loss(scores, targets)
             self.move_centre(targets)  # after the loss

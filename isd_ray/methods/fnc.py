@@ -34,8 +34,9 @@ class FNC(Method):
 
     Published for ImageNet: attract, 8 support views, 10 neighbours, threshold .7, LARS (lr .1 sqrt(batch), wd 1e-4,
     batches of 4096), RandAugment. The released code also contrasts the support views, as anchors, positives and
-    candidates, and can score by an EMA encoder with a memory of 16 batches; neither is here. The defaults keep
-    temperature, neighbours and threshold, and take 2 support views, SimCLR's views for CIFAR and its plain SGD.
+    candidates, and can score by an EMA encoder with a memory of 16 batches; neither is here. It
+    sums the losses of both views, this is their mean. The defaults keep temperature, neighbours and
+    threshold, and take 2 support views, SimCLR's views for CIFAR and its plain SGD.
     """
 
     uses_queue: ClassVar[bool] = False

@@ -27,7 +27,9 @@ class InvProp(Method):
     """Invariance propagation: head d -> d -> 128, one view, a bank with four links a row, no teacher (`invprop`).
 
     weight_start: step from which the second term counts; an image that no link leads away from has none. The image's
-    own row is always in the denominator of the first term; in the authors' code, if it is among the nearest.
+    own row is always in the denominator of the first term; in the authors' code, if it is among the
+    nearest. Links that lead back to the image itself are left out of P, where the authors' code may
+    take it for one of the least similar.
 
     Published for ImageNet: temperature .2, 4096 negatives, 50 positives, weight .6 after 30 epochs, lr .03, wd 1e-4,
     batches of 128, 800 epochs; for CIFAR: 20 positives, wd 5e-4. The defaults are those of CIFAR and start earlier.

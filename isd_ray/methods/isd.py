@@ -30,7 +30,9 @@ class ISD(StudentTeacher):
 
     The published recipe is made for ImageNet: momentum .999, queue 128 000, initialised "isd_v1", own
     anchors not excluded. The defaults keep its temperatures, optimiser and schedule (drops at epochs 140 and
-    180 of 200) and suit the rest to small data (momentum .99 has a time constant of 100 steps).
+    180 of 200) and suit the rest to small data (momentum .99 has a time constant of 100 steps). The
+    teacher is evaluated with its own batch-norm statistics; `teacher_*` of the authors' eval_knn.py
+    takes encoder_k's weights with those of encoder_q.
     """
 
     defaults: ClassVar[dict[str, Any]] = {

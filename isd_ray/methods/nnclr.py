@@ -19,7 +19,8 @@ from isd_ray.queue.losses import queue_diagnostics
 
 
 class NNCLR(Method):
-    """NNCLR: projector d -> 2048 -> 256 with batch norm also at its end, predictor 256 -> 4096 -> 256 (`nnclr`).
+    """NNCLR (`nnclr`): projector d -> 2048 -> 2048 -> 256 with batch norm also at its end,
+    predictor 256 -> 4096 -> 256.
 
     gather: as in SimCLR; the negatives are the predictions for the global batch. exclude_own: the neighbour is another
     image's embedding. While the queue is empty, an embedding is its own neighbour. Embeddings of the first view enter
@@ -27,7 +28,8 @@ class NNCLR(Method):
 
     Published for ImageNet: temperature .1, queue 98 304, LARS (lr .3 a 256 images, wd 1e-6, batches of 4096, 10 epochs
     of warm-up), own embeddings not excluded; CIFAR (solo-learn): temperature .2, queue 65 536, LARS lr .4, wd 1e-5. The
-    defaults keep the temperature of CIFAR and replace LARS by plain SGD.
+    defaults keep the temperature of CIFAR and replace LARS by plain SGD. The loss is the mean over
+    both directions.
     """
 
     defaults: ClassVar[dict[str, Any]] = {
@@ -53,7 +55,7 @@ class NNCLR(Method):
     ) -> None:
         super().__init__()
         dim = self.embedding_dim(width(backbone))
-        self.student = encoder(backbone, mlp([width(backbone), 2048, dim], last_norm="bn"))
+        self.student = encoder(backbone, mlp([width(backbone), 2048, 2048, dim], last_norm="bn"))
         self.predictor = mlp([dim, 4096, dim])
         self.queue = queue
         self.temperature: float = self.option("temperature", temperature)

@@ -29,9 +29,11 @@ class SimCLR(Method):
     respect to this one's rows; the negatives are those of the whole global batch. With train.accumulate each
     part of a batch has only its own negatives.
 
-    The published recipes have LARS with a warm-up of 10 epochs: ImageNet temperature .1, batches of 4096,
-    lr .3 a 256 images, wd 1e-6; CIFAR-10 temperature .5, batches of 512, lr 1 a 256 images, wd 1e-4, 1000
-    epochs. The defaults keep the temperature and views of CIFAR and replace LARS and its warm-up by plain SGD.
+    The released code sums the losses of both views where this is their mean, and its later version
+    has three layers in the projector by default. The published recipes have LARS with a warm-up of
+    10 epochs: ImageNet temperature .1, batches of 4096, lr .3 a 256 images, wd 1e-6; CIFAR-10
+    temperature .5, batches of 512, lr 1 a 256 images, wd 1e-4, 1000 epochs. The defaults keep the
+    temperature and views of CIFAR and replace LARS and its warm-up by plain SGD.
     """
 
     uses_queue: ClassVar[bool] = False

@@ -20,7 +20,8 @@ class SimSiam(Method):
 
     The predictor keeps its learning rate while that of the rest falls, as in the paper. ImageNet recipe: SGD,
     lr .05 a 256 images, wd 1e-4, cosine, batches of 512. For CIFAR the paper has lr .03 a 256 images and wd
-    5e-4, which are the defaults, and a projector of two layers. Collapse shows in the diagnostics:
+    5e-4, which are the defaults, and a projector of two layers. The last batch norm of each block
+    of the backbone starts at 1, in the authors' code at 0. Collapse shows in the diagnostics:
     spread_student near 1 is sound, 0 is collapsed.
     """
 

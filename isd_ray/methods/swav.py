@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from isd_ray.errors import UserError
-from isd_ray.methods.base import Method, Output, encoder, full_precision, spread, unit, width
+from isd_ray.methods.base import Method, Output, encoder, full_precision, multi_crop, spread, unit, width
 from isd_ray.methods.simclr import local
 from isd_ray.models.heads import mlp
 from isd_ray.models.prototypes import Prototypes, sinkhorn
@@ -32,7 +32,8 @@ class SwAV(Method):
 
     Published for ImageNet: 3000 prototypes, queue 3840 from epoch 15 (batches of 256), 2 x 224 and 6 x 96 px, LARS (lr
     4.8 for batches of 4096, .6 for 256, wd 1e-6), prototypes frozen for 313 steps. The CIFAR recipe of solo-learn has
-    no small views. The defaults take fewer prototypes, and plain SGD.
+    no small views. The defaults take fewer prototypes, and plain SGD. Views of one size share their
+    batch statistics in the backbone, all views those of the projector.
     """
 
     defaults: ClassVar[dict[str, Any]] = {
@@ -85,7 +86,7 @@ class SwAV(Method):
     def forward(
         self, views: list[Tensor], index: Tensor, label: Tensor | None = None, diagnose: bool = False
     ) -> Output:
-        z = [unit(self.student(view)) for view in views]  # V times b x D
+        z = [unit(x) for x in multi_crop(self.student, views)]  # V times b x D
         with full_precision(index):
             scores = [self.assign(x) for x in z]  # V times b x P
             codes = self.codes(z[:2], scores[:2])

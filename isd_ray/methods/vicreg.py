@@ -27,7 +27,8 @@ class VICReg(Method):
     and covariance (unbiased) are those of the global batch.
 
     The paper's expander is 8192 wide and trained with LARS (lr .2 a 256 images, wd 1e-6, batches of 2048); the CIFAR
-    recipe of solo-learn has lr .3, wd 1e-4. The defaults take 2048 and plain SGD.
+    recipe of solo-learn has lr .3, wd 1e-4. The defaults take 2048 and plain SGD. The last batch
+    norm of each block of the backbone starts at 1, in the authors' code at 0.
     """
 
     uses_queue: ClassVar[bool] = False

@@ -21,6 +21,7 @@ TORCHVISION_RESNETS: dict[str, Callable[..., nn.Module]] = {
     "resnet50": torchvision.models.resnet50,
 }
 STEMS = ("auto", "imagenet", "cifar", "stride2")
+SIZE_ERRORS = (RuntimeError, ValueError, AssertionError)  # what timm's models raise for a size that is wrong
 CIFAR_STEM_UP_TO = 64  # pixels: above this, a stem that keeps the resolution costs more than it brings
 
 
@@ -32,7 +33,8 @@ def build_backbone(name: str, stem: str = "auto", image_size: int = 32) -> nn.Mo
     stem: of torchvision's resnets. "imagenet" is 7x7 stride 2 and a max-pool; "cifar" is 3x3 stride 1,
     padding 1, no max-pool; "auto" takes "cifar" up to 64 pixels. The small resnets have a CIFAR stem, or with
     "stride2" one that halves the resolution and costs a quarter. timm has its own.
-    image_size: side in pixels; passed on to the timm models that are built for one size.
+    image_size: side in pixels; passed on to the timm models that are built for one size. Those that
+    can (ViT, EVA, Swin) take other sizes too, with interpolated positions: see `check_size`.
 
     Raises UserError for an unknown name or stem, a stem that the network does not have, or an image size that
     it cannot process.
@@ -133,22 +135,26 @@ def _timm_model(name: str, image_size: int) -> nn.Module:
     try:
         model = _create_timm(architecture, image_size)
         dim = _probe_dim(model, image_size)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"backbone '{name}' does not take images of {image_size} pixels: {reason}") from error
+    except SIZE_ERRORS as error:
+        raise UserError(
+            f"backbone '{name}' does not take images of {image_size} pixels (--data.image_size): {_why(error)}"
+        ) from error
     return _describe(model, name, "own", image_size, dim)
 
 
 def _create_timm(architecture: str, image_size: int) -> nn.Module:
+    """Create a timm model of this size that also takes other sizes, as small views are, where it can."""
     import timm
 
     options: dict[str, Any] = {"pretrained": False, "num_classes": 0, "in_chans": 3}
-    try:
-        return timm.create_model(architecture, img_size=image_size, **options)
-    except TypeError as error:
-        if "img_size" not in str(error):
-            raise
-        return timm.create_model(architecture, **options)  # built for any size
+    one_size = options | {"img_size": image_size}
+    for chosen in (one_size | {"dynamic_img_size": True}, one_size):
+        try:
+            return timm.create_model(architecture, **chosen)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+    return timm.create_model(architecture, **options)  # built for any size
 
 
 @torch.no_grad()
@@ -159,6 +165,26 @@ def _probe_dim(model: nn.Module, image_size: int) -> int:
     if features.ndim != 2:
         raise ValueError(f"features have shape {tuple(features.shape)}, not [b, dim]")
     return features.shape[1]
+
+
+def check_size(backbone: Any, side: int) -> None:
+    """Raise UserError where a backbone of `build_backbone` does not take images of `side` pixels."""
+    if not backbone.arch.startswith("timm:") or side == backbone.image_size:
+        return  # resnets average over whatever is left
+    training = backbone.training
+    try:
+        _probe_dim(backbone, side)
+    except SIZE_ERRORS as error:
+        raise UserError(
+            f"backbone '{backbone.arch}' for {backbone.image_size} pixels does not take images of {side}: "
+            f"{_why(error)}"
+        ) from error
+    finally:
+        backbone.train(training)
+
+
+def _why(error: Exception) -> str:
+    return (str(error).splitlines() or ["its layers do not fit that size"])[0]
 
 
 def _describe(model: Any, arch: str, stem: str, image_size: int, dim: int) -> nn.Module:

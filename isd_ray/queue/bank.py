@@ -57,6 +57,12 @@ class Bank:
         self.draws += 1
         return torch.from_numpy(self._random(self.draws).integers(self.size, size=n)).to(self.device)
 
+    def draw_distinct(self, n: int) -> Tensor:
+        """n images int64 [n], no two alike (but for a bank of fewer): the same on all ranks, others at each call."""
+        self.draws += 1
+        drawn = self._random(self.draws).choice(self.size, n, replace=n > self.size)
+        return torch.from_numpy(drawn).to(self.device)
+
     @torch.no_grad()
     def shared(self, index: Tensor) -> Tensor:
         """Embeddings [n, D] of images int64 [n] that all ranks ask for alike."""

@@ -37,8 +37,11 @@ def spherical_kmeans(
 
 
 def _first(bank: Bank, columns: slice, clusters: int) -> Tensor:
-    """Embeddings of images drawn from the whole set, the same for any number of ranks; repeats where it is small."""
-    return F.normalize(bank.shared(bank.draw(clusters))[:, columns], dim=1)
+    """Embeddings of images drawn from the whole set, no two alike, the same for any number of ranks.
+
+    (Of two equal centroids rounding would choose, and not alike on every number of ranks.)
+    """
+    return F.normalize(bank.shared(bank.draw_distinct(clusters))[:, columns], dim=1)
 
 
 def _assign(rows: Tensor, centroids: Tensor) -> Tensor:

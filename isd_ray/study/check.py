@@ -8,10 +8,11 @@ from typing import Any
 from isd_ray.config import Config, flatten, merge, option_names, resolve
 from isd_ray.data.imbalance import SCHEMES
 from isd_ray.errors import LONGEST, UserError, harmless, nearest, shown
-from isd_ray.evaluate.names import EXAMPLES, name_faults
+from isd_ray.evaluate.names import examples, name_faults
 from isd_ray.evaluate.names import parse as parse_name
 from isd_ray.names import name_fault
 from isd_ray.room import share_fault
+from isd_ray.sections import RETIRED
 from isd_ray.study.faults import Faults, parse
 from isd_ray.study.spec import (
     Cell,
@@ -188,7 +189,7 @@ def _option_faults(study: Study, given: Mapping[str, Any]) -> Iterator[str]:
     for whole, options in places.items():
         part, place = whole.split(".")[0], harmless(whole)
         for name in _names_of(place, options):
-            if name not in names:
+            if name not in (*names, *RETIRED):
                 yield f"{place}: unknown option {shown(name)}.{nearest(name, names)}"
             elif name in OWN and (part, name) not in (("data", "data.dataset"), ("methods", "method.name")):
                 yield f"{place}: {name}: the study sets it; use {OWN[name]}"
@@ -209,7 +210,7 @@ def _names_of(place: str, options: Mapping[str, Any]) -> list[str]:
 
 
 def _metric_faults(study: Study) -> Iterator[str]:
-    known = [f"{network}.{metric}" for network in NETWORKS for metric in EXAMPLES]
+    known = [f"{network}.{metric}" for network in NETWORKS for metric in examples()]
     for metric in study.metrics:
         network, _, name = metric.partition(".")
         if network not in NETWORKS:
@@ -255,8 +256,8 @@ def _configs(study: Study, given: dict[str, Any], faults: Faults) -> dict[Cell, 
     for config in configs.values():
         for metric in study.metrics:
             name = metric.partition(".")[2]
-            if not name_faults([name]) and name not in config.evaluate.chosen:
-                chosen = ", ".join(config.evaluate.chosen)
+            if not name_faults([name]) and name not in config.evaluate.protocols:
+                chosen = ", ".join(config.evaluate.protocols)
                 faults.add(f"metrics: '{metric}' is none of evaluate.protocols ({chosen})")
     return configs
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from isd_ray.config import flatten
 from isd_ray.errors import UserError
+from isd_ray.evaluate.groups import means
 from isd_ray.evaluate.names import parse as parse_name
 from isd_ray.study.check import PASSES, Plan
 from isd_ray.study.spec import Cell, Setting
@@ -60,8 +61,8 @@ class Run:
     def per_class(self, metric: str) -> list[float | None] | None:
         """Accuracy of each class of the data set [C] in %; None where `network.metric` has none or was not measured."""
         network, name = metric.split(".")
-        if parse_name(name).family == "transfer":
-            return None  # its classes are another set's
+        if not parse_name(name).protocol.by_class:
+            return None  # of a transfer set: its classes are not this one's
         return ((self.result or {}).get("per_class", {}).get(network) or {}).get(name)
 
     def scores(self, metric: str) -> dict[str, float]:
@@ -76,11 +77,9 @@ class Run:
         per_class = self.per_class(metric)
         if per_class is None:
             return {ALL: over_all}
-        found = {ALL: over_all, CLASS_MEAN: _mean(per_class)}
-        by_group = {g: _mean([per_class[c] for c in members]) for g, members in self.groups.items()}
-        known = [v for v in by_group.values() if v is not None]
-        found |= by_group | ({STD: float(np.std(known))} if len(known) == len(by_group) >= 2 else {})
-        return {group: value for group, value in found.items() if value is not None}
+        found = means(per_class, self.groups)
+        every = {ALL: over_all, CLASS_MEAN: found["class_mean"], **found["groups"], STD: found["std"]}
+        return {group: value for group, value in every.items() if value is not None}
 
     def cost(self) -> dict[str, float]:
         """Return images/s, device hours, images seen and millions of passes; from the log, so also over restarts."""
@@ -252,8 +251,3 @@ def _images(counts: list[int], usual: list[int], members: list[int]) -> dict[str
         "pretraining_images": sum(counts[c] for c in members),
         "images_when_unbalanced": sum(usual[c] for c in members),
     }
-
-
-def _mean(values: list[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return sum(known) / len(known) if known else None

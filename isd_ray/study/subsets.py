@@ -12,8 +12,7 @@ from isd_ray.data.catalog import Splits
 from isd_ray.data.index import class_counts, classes
 from isd_ray.errors import UserError
 from isd_ray.evaluate.groups import class_groups
-from isd_ray.evaluate.names import class_faults, impossible, transfer_faults
-from isd_ray.evaluate.names import parse as parse_name
+from isd_ray.evaluate.names import class_faults, name_faults, size_faults, transfer_faults
 from isd_ray.study.faults import Faults
 from isd_ray.study.spec import Cell, Imbalance, Study, Subset
 from isd_ray.train.evaluation import choose_bank, grouping
@@ -62,7 +61,7 @@ def look_at(study: Study, configs: Mapping[Cell, Config], faults: Faults) -> dic
             continue
         for text in _subset_faults(study, subset, config, splits):
             faults.add(text, subset.name)
-        for text in transfer_faults(config.evaluate.chosen, config.evaluate.transfer_root):
+        for text in transfer_faults(config.evaluate.protocols, config.evaluate.transfer_root):
             faults.add(text)
         facts[subset] = _facts(study.imbalances[subset.setting.imbalance], splits)
     return facts
@@ -116,16 +115,10 @@ def _subset_faults(study: Study, subset: Subset, config: Config, splits: Splits)
     labelled, tested = class_counts(bank).tolist(), class_counts(splits.test).tolist()
     yield from class_faults(labelled, tested)
     for metric in study.metrics:
-        if (reason := _impossible(metric.partition(".")[2], labelled, tested)) is not None:
-            yield f"metrics: {metric}: {reason}"
-
-
-def _impossible(name: str, bank: list[int], test: list[int]) -> str | None:
-    """Why a metric cannot be had; None also for a name that is wrong, which is said elsewhere."""
-    try:
-        return impossible(parse_name(name), bank, test)
-    except UserError:
-        return None
+        network, _, name = metric.partition(".")
+        if not name_faults([name]):  # else it is said elsewhere
+            small = size_faults([name], labelled, tested)
+            yield from (f"metrics: {network}.{fault}" for fault in small)
 
 
 def _quota_faults(imbalance: Imbalance, subset: Subset, config: Config, splits: Splits) -> Iterator[str]:

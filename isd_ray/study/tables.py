@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from isd_ray.evaluate.table import title
+from isd_ray.evaluate.names import parse
 from isd_ray.study.blocks import BEST, Table
 from isd_ray.study.results import ALL, CLASS_MEAN, STD, Outcome, Run
 from isd_ray.study.spec import Setting
@@ -18,7 +18,7 @@ FLOORS = {"untrained": "untrained backbone", "pixels": "raw pixels"}
 def metric_title(metric: str) -> str:
     """Return `student.knn20` as words."""
     network, name = metric.split(".")
-    return f"{' '.join(title(name).split())} of the {network}"
+    return f"{' '.join(parse(name).title.split())} of the {network}"
 
 
 def group_title(group: str) -> str:

@@ -27,6 +27,7 @@ from isd_ray.train.trainer import check_same, prepare_run, run_prepared
 RESULT = "result.json"
 TIDY_SECONDS = 2.0
 HOW_FAST = (  # of evaluate: they change no number of a method
+    "along",
     "baselines",
     "batch_size",
     "every",

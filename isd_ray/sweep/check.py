@@ -4,28 +4,33 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from isd_ray.config import Config, flatten, merge, option_names, resolve, validate
 from isd_ray.errors import UserError, listed, nearest, shown
-from isd_ray.evaluate.protocols import KNN
+from isd_ray.evaluate.names import CHEAP, examples, parse
 from isd_ray.room import share_fault
 from isd_ray.sweep.constraints import Constraint, parse_constraint
 from isd_ray.sweep.space import (
     MOST_FAULTS,
     STATM,
-    TRIALS,
+    Budget,
     Dimension,
     Space,
     parse_dimension,
 )
 from isd_ray.train.learnable import check_learnable
 from isd_ray.train.trainer import FREE, FREE_SECTIONS
+from isd_ray.values import faults_of
 
 IMAGES = "data.size"  # in constraints: images of the pretraining set, those held out not counted
 OWN = {  # options that the sweep itself sets, and where the file says it
     "train.epochs": "budget.epochs", "train.seed": "budget.seeds", "data.validation": "validation.per_class",
-    "evaluate.every": "validation.every", "evaluate.enabled": "validation", "train.threads": "resources.cpus",
+    "evaluate.every": "validation.every", "evaluate.along": "goals", "evaluate.enabled": "validation",
+    "train.threads": "resources.cpus",
     "train.gpus_per_worker": "resources.gpus", "name": "--name", "output": "--output",
 }  # fmt: skip
+NETWORKS = ("student", "teacher")
 GROUPS = ("many", "medium", "few", "large", "small", "class_mean")
 
 
@@ -173,12 +178,14 @@ def _constraint(text: str, names: list[str], faults: list[str]) -> Constraint | 
 
 
 def _goal_faults(space: Space) -> Iterator[str]:
-    plain = [f"{network}.{metric}" for network in ("student", "teacher") for metric in KNN]
-    known = [*plain, *(f"{name}.{group}" for name in plain for group in GROUPS)]
+    known = [f"{network}.{metric}" for network in NETWORKS for metric in examples(cheap=True)]
     for goal in space.goals:
-        if goal not in known:
-            hint = f"{nearest(goal, known)} It is network.metric or network.metric.group"
-            yield f"goals: unknown goal {shown(goal)}.{hint}"
+        if not _is_goal(goal):
+            hint = nearest(goal, known)
+            yield (
+                f"goals: unknown goal {shown(goal)}.{hint} It is network.metric, the metric of {CHEAP}; "
+                "of one that answers for each image also network.metric.group"
+            )
     if len(set(space.goals)) < len(space.goals):
         yield f"goals: {shown(space.goals[0])} stands there twice"
     if len(space.goals) == 2 and space.scheduler.name != "none":
@@ -187,10 +194,22 @@ def _goal_faults(space: Space) -> Iterator[str]:
         yield "sampler: nsga2 is for two goals; with one, use tpe"
 
 
+def _is_goal(goal: str) -> bool:
+    network, metric, group = [*goal.split(".", 2), "", ""][:3]
+    try:
+        protocol = parse(metric).protocol
+    except UserError:
+        return False
+    grouped = not group or (group in GROUPS and protocol.by_class)
+    return network in NETWORKS and protocol.cheap and grouped
+
+
 def _budget_faults(space: Space) -> Iterator[str]:
     epochs, every, scheduler = space.budget.epochs, space.validation.every, space.scheduler
-    if space.budget.trials > TRIALS:
-        yield f"budget.trials {space.budget.trials:,}: at most {TRIALS:,} are taken"
+    try:
+        Budget(**space.budget.model_dump())  # --trials has been set since the file was read
+    except ValidationError as error:
+        yield from (f"budget.{fault}" for fault in faults_of(Budget, error))
     if every > epochs:
         yield f"validation.every {every}: a trial has {epochs} epochs"
     if scheduler.name == "none":

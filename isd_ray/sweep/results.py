@@ -131,7 +131,8 @@ def describe(trial: Trial, goals: list[str]) -> str:
     for goal, mean, deviation in zip(goals, trial.mean, trial.deviation, strict=True):
         spread = f" ± {deviation:.1f}" if len(trial.runs) > 1 else ""
         parts.append(f"{goal} {mean:.1f}{spread}")
-    return f"{', '.join(parts)} % of validation images ({len(trial.runs)} seed{'s' * (len(trial.runs) > 1)})"
+    seeds = f"{len(trial.runs)} seed{'s' * (len(trial.runs) > 1)}"
+    return f"{', '.join(parts)} % on validation images ({seeds})"
 
 
 def _trial(search: Search, frozen: FrozenTrial) -> Trial:

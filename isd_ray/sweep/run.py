@@ -20,6 +20,7 @@ from isd_ray.sweep.space import Space
 from isd_ray.train.claim import claimed
 from isd_ray.train.folder import RunFolder
 from isd_ray.train.trainer import FREE, FREE_SECTIONS, check_sizes, open_splits, run_uri
+from isd_ray.train.validation import faults_along
 
 # Parts of a space that may change when a sweep is continued: they say how much is tried and where.
 FREE_PARTS = {"description", "confirm", "resources"}
@@ -58,6 +59,8 @@ def _searched(plan: Plan, folder: RunFolder, name: str) -> results.Outcome:
         config = resolved(plan, plan.default)
         splits = open_splits(config)
         check_sizes(config, splits.train)
+        if faults := faults_along(plan.space.metrics, config, splits):
+            raise UserError("goals: " + "; ".join(faults))
         if (text := plan.broken(plan.default, splits.train.num_rows)) is not None:
             raise UserError(
                 f"the default breaks the constraint '{text}': there are {splits.train.num_rows:,} images"

@@ -30,6 +30,7 @@ from pydantic import Field, ValidationError
 from isd_ray.config import Config, merge, resolve
 from isd_ray.definitions import file_or_name
 from isd_ray.errors import UserError, harmless, listed, nearest, shown
+from isd_ray.evaluate.names import ALONG
 from isd_ray.sections import EPOCHS, IMAGES, PROCESSES, SEED, THREADS, Section
 from isd_ray.values import LARGEST, faults_of
 from isd_ray.yaml_files import read_mapping
@@ -45,7 +46,12 @@ STATM = Path("/proc/self/statm")  # what a process takes of main memory; Linux h
 class Budget(Section):
     """How much is tried."""
 
-    trials: int = Field(12, ge=1, description="Settings that are tried, the default among them")
+    trials: int = Field(
+        12,
+        ge=1,
+        le=TRIALS,
+        description="Settings that are tried, the default among them",
+    )
     epochs: int = Field(16, ge=1, le=EPOCHS, description="Epochs of a whole trial")
     seeds: int = Field(
         1, ge=1, le=1000, description="Runs of a trial that is not stopped, with seeds 0, 1, ..."
@@ -210,6 +216,11 @@ class Space(Section):
         """Return the options of every run; `given` (the command line's) win over the file's."""
         return merge({"train.workers": 0}, self.config, given or {})
 
+    @property
+    def metrics(self) -> list[str]:
+        """The protocols that the goals are numbers of."""
+        return [goal.split(".")[1] for goal in self.goals]
+
     def run_options(self, values: Mapping[str, Any], seed: int) -> dict[str, Any]:
         """Return the options of the run of one trial with one seed, on top of `base`: a run to compare, not to keep."""
         return {
@@ -218,6 +229,7 @@ class Space(Section):
             "train.seed": seed,
             "data.validation": self.validation.per_class,
             "evaluate.every": self.validation.every,
+            "evaluate.along": list(dict.fromkeys([*ALONG, *self.metrics])),
             "evaluate.enabled": False,
         }
 

@@ -21,7 +21,7 @@ import pyarrow.fs
 
 from isd_ray.errors import MachineError, UserError, printable
 from isd_ray.messages import note
-from isd_ray.train.folder import RunFolder
+from isd_ray.train.folder import RunFolder, checkpoint_names
 
 MARK = ".isd_ray.json"  # says whose a folder is, and who writes to it
 KINDS = {  # and what each has, also where it was begun by a version that left no mark
@@ -29,6 +29,7 @@ KINDS = {  # and what each has, also where it was begun by a version that left n
     "sweep": ("space.yaml", "journal.jsonl"),
     "study": ("study.yaml", "cells"),
 }
+GRACE = 5.0  # seconds in which what a killed process has started lets go of its lock
 RENEW = 5.0  # seconds between two signs of life in a store
 SILENT = 30.0  # seconds without one after which a process counts as gone
 
@@ -54,7 +55,8 @@ def refuse_foreign(folder: RunFolder, kind: str) -> None:
         return
     kinds = [_mark(folder).get("kind"), *(k for k, files in KINDS.items() if names >= set(files))]
     holds = next((k for k in kinds if k in KINDS), None)
-    if holds == kind:
+    only_checkpoints = kind == "run" and "checkpoints" in names and bool(checkpoint_names(folder))
+    if holds == kind or only_checkpoints:
         return
     held = f"a {holds}" if holds else printable(", ".join(sorted(names))[:100])
     raise UserError(
@@ -88,10 +90,15 @@ def _locked(folder: RunFolder, me: dict[str, Any]) -> Iterator[None]:
 
     folder.make()
     with Path(folder.path, MARK).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise _in_use(folder, _mark(folder)) from None
+        end = time.monotonic() + GRACE
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise _in_use(folder, _mark(folder)) from None
+                time.sleep(0.1)
         file.truncate(0)
         file.write(json.dumps(me))
         file.flush()

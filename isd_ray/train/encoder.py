@@ -12,9 +12,10 @@ from isd_ray import interop, session
 from isd_ray.config import merge, validate
 from isd_ray.data import files, index
 from isd_ray.data.catalog import open_dataset
+from isd_ray.data.plan import require_side
 from isd_ray.data.shards import write_bad
 from isd_ray.errors import UserError
-from isd_ray.models.backbones import build_backbone
+from isd_ray.models.backbones import build_backbone, check_size
 from isd_ray.train.cluster import default_threads
 from isd_ray.train.embedding import PART_ROWS, CentreView, Compute, embed
 from isd_ray.train.folder import RunFolder, load_checkpoint, saved_config
@@ -58,14 +59,18 @@ def from_weights(
 
     backbone, stem: what the file holds, where it does not say. encoder: beginning of the keys, "encoder_q" or
     "encoder_k" in MoCo's and ISD's files, "encoder_q" or "encoder_t" in MSF's. image_size: default the file's, else
-    224; without a note in the file images are normalised as for ImageNet. Raises UserError where a key or shape does
-    not match.
+    224; without a note in the file images are normalised as for ImageNet. Raises UserError where a key, shape or
+    size does not fit.
     """
+    if image_size is not None:
+        require_side(image_size)
     described = interop.describe(path) if path.endswith(".safetensors") else None
     if described is not None:
         network = build_backbone(described.arch, described.stem, described.image_size)
+        size = image_size or described.image_size
+        check_size(network, size)
         interop.load_backbone(network, path)
-        return Encoder(network, CentreView(image_size or described.image_size, described.mean, described.std))
+        return Encoder(network, CentreView(size, described.mean, described.std))
     if backbone is None:
         raise UserError(
             f"{path} does not say which backbone it holds: give --backbone (resnet50, timm:NAME, ...)"

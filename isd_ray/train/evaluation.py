@@ -23,9 +23,9 @@ from isd_ray.data.index import class_counts, classes, labels, root
 from isd_ray.data.stream import ordered
 from isd_ray.errors import UserError
 from isd_ray.evaluate.features import pixels
-from isd_ray.evaluate.measures import TransferFeatures
-from isd_ray.evaluate.names import DEFAULT, impossible, parse, transfer_faults
-from isd_ray.evaluate.protocols import evaluate_features, side_by_side
+from isd_ray.evaluate.names import DEFAULT, size_faults, transfer_faults
+from isd_ray.evaluate.protocol import TransferFeatures
+from isd_ray.evaluate.score import evaluate_features, side_by_side
 from isd_ray.train import cluster
 from isd_ray.train.embedding import CentreView, Compute, describe, embed, read_labels, read_vectors
 from isd_ray.train.folder import RunFolder, checkpoint_names, load_checkpoint
@@ -112,7 +112,7 @@ def score_run(
 ) -> dict[str, Any]:  # fmt: skip
     """Run the protocols on features that are there, for each network and for raw pixels."""
     options: dict[str, Any] = {
-        "protocols": config.evaluate.chosen,
+        "protocols": config.evaluate.protocols,
         "classes": len(classes(splits.train)),
         "train_counts": class_counts(splits.train).tolist(),
         "groups": grouping(splits.definition),
@@ -173,10 +173,8 @@ def check_evaluation(config: Config, splits: Splits) -> None:
     if not evaluate.enabled or splits.test is None or bank is None:
         return
     counts = [class_counts(table).tolist() for table in (bank, splits.test)]
-    faults = transfer_faults(evaluate.chosen, evaluate.transfer_root)
-    for name in evaluate.chosen:
-        reason = None if name in DEFAULT else impossible(parse(name), *counts)
-        faults += [f"{name}: {reason}"] if reason else []
+    faults = transfer_faults(evaluate.protocols, evaluate.transfer_root)
+    faults += size_faults([name for name in evaluate.protocols if name not in DEFAULT], *counts)
     if faults:
         raise UserError("--evaluate.protocols: " + "; ".join(faults))
     open_transfer(config)

@@ -25,6 +25,7 @@ from isd_ray.train.state import method_options
 from isd_ray.train.teacher import asked_teacher
 
 CPU = torch.device("cpu")
+MOST_STEPS = 10**8  # the schedule of a run is an array: some GB at this length
 
 
 def check_learnable(config: Config) -> None:
@@ -42,6 +43,16 @@ def check_learnable(config: Config) -> None:
             faults.append(str(error))
     if faults:
         raise UserError(listed(faults))
+
+
+def check_steps(config: Config, images: int) -> None:
+    """Refuse a run of more steps than its schedule can be kept for; raises UserError."""
+    steps = config.train.epochs * (images // config.train.batch_size)
+    if steps > MOST_STEPS:
+        raise UserError(
+            f"--train.epochs {config.train.epochs}: {steps:,} steps in all, at most {MOST_STEPS:,} "
+            "are taken; choose fewer epochs or a larger --train.batch_size"
+        )
 
 
 def _check_backbone(config: Config) -> None:

@@ -97,8 +97,14 @@ def send_result(config: Config, folder: RunFolder, result: Mapping[str, Any], ou
             groups = (result.get("groups", {}).get(network) or {}).get(metric) or {}
             numbers[f"{network}.{metric}"] = accuracy
             numbers |= {f"{network}.{metric}.{group}": value for group, value in groups.items()}
+    if not numbers:
+        return
     step = int(re.findall(r"\d+", checkpoint_names(folder)[-1])[0])
-    loggers = open_loggers(config, folder, out, step)
+    try:
+        loggers = open_loggers(config, folder, out, step)
+    except UserError as error:  # the run is finished, and its result is written
+        _note(f"the result is not sent: {error}", out)
+        return
     loggers.row(step, numbers, "result/")
     loggers.finish()
 

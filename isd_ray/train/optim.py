@@ -22,7 +22,7 @@ def learning_rates(train: TrainConfig, steps_per_epoch: int) -> np.ndarray:
 
     Warm-up is linear from zero and counts into the run. Cosine and step schedules change once an epoch, as in
     the published ISD code: `lr / 2 * (1 + cos(pi * epoch / epochs))`, or `lr` times `gamma` for each milestone
-    that has passed.
+    that has passed. Codes of other methods change the rate every step (docs/methods.md).
     """
     epoch = np.repeat(np.arange(train.epochs), steps_per_epoch).astype(np.float64)
     if train.schedule == "cosine":
@@ -55,6 +55,10 @@ def build_optimizer(
     """Build the optimiser over the trainable parameters; `set_rate` sets the learning rate of each step.
 
     constant: submodules that keep the peak learning rate throughout (SimSiam's predictor).
+
+    LARS (You et al. 2017, timm's) scales the step of each tensor by trust |w| / (|g| + weight_decay
+    |w|), also where the weight decay is 0; but norm parameters and biases that are not decayed
+    (`decay_norm_and_bias` off) it leaves to plain SGD, as every published LARS does.
     """
     fixed = tuple(f"{name}." for name in constant)
     groups = []
@@ -108,11 +112,12 @@ def _is_plain(x: Any, shapes: Sequence[torch.Size]) -> bool:
 def _parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], train: TrainConfig) -> list[dict]:
     """Split off norm parameters and biases if they are not decayed; LARS then does not adapt them either."""
     trainable = [p for _, p in parameters if p.requires_grad]
+    adapted = {"always_adapt": True} if train.optimizer == "lars" else {}
     if train.decay_norm_and_bias:
-        return [{"params": trainable, "weight_decay": train.weight_decay}]
+        return [{"params": trainable, "weight_decay": train.weight_decay, **adapted}]
     matrices = [p for p in trainable if p.ndim > 1]
     vectors = [p for p in trainable if p.ndim <= 1]
     return [
-        {"params": matrices, "weight_decay": train.weight_decay},
+        {"params": matrices, "weight_decay": train.weight_decay, **adapted},
         {"params": vectors, "weight_decay": 0.0},
     ]

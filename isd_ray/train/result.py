@@ -84,7 +84,7 @@ class Result(Part):
             raise ValueError(f"protocol: {harmless(', '.join(sorted(missing)))} is missing")
         BankProtocol(**self.protocol["bank"])
         GroupsProtocol(**self.protocol["groups"])
-        own = [name for name in names if parse(name).family != "transfer"]
+        own = [name for name in names if not parse(name).protocol.other_set]
         lists = [network[name] for network in self.per_class.values() for name in own]
         if any(found is not None and len(found) != len(self.classes) for found in lists):
             raise ValueError("an accuracy of each class is missing")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from isd_ray import interop
 from isd_ray.config import Config, MethodConfig
+from isd_ray.data.views import get_views
 from isd_ray.errors import UserError, printable
 from isd_ray.methods import options_of
 from isd_ray.models.backbones import SMALL_RESNETS, TORCHVISION_RESNETS, build_backbone
@@ -58,7 +59,8 @@ def load_teacher(config: Config) -> Frozen | None:
                 f"{list(given)}; give it the teacher's"
             )
     teacher = Frozen(network)
-    try_out(teacher, data.image_size, source)
+    for side in sorted({data.image_size, *(v.pixels(data.image_size) for v in get_views(method.views))}):
+        try_out(teacher, side, source)
     return teacher
 
 
@@ -155,7 +157,7 @@ def without_classifier(weights: dict[str, Tensor], network: nn.Module) -> dict[s
 
 
 def below(weights: Any, prefix: str) -> dict[str, Tensor]:
-    """Return the weights under a prefix, without it; {} where there are none, or no mapping of weights."""
+    """Return the weights under a prefix, without it; {} where there are none, or no mapping."""
     named = weights.items() if isinstance(weights, Mapping) else ()
     return {n.removeprefix(prefix): value for n, value in named if str(n).startswith(prefix)}
 

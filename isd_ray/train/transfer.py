@@ -31,7 +31,7 @@ def open_transfer(config: Config) -> dict[str, TransferTables]:
 
     Shards are made once in the cache (ISD_RAY_CACHE), as for any other data set.
     """
-    names = [name for name in map(parse, config.evaluate.chosen) if name.family == "transfer"]
+    names = [name for name in map(parse, config.evaluate.protocols) if name.protocol.other_set]
     found, faults = {}, []
     for name in names:
         try:

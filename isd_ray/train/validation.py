@@ -1,10 +1,11 @@
-"""Evaluation on the way: kNN on held-out training images every few epochs, for people and sweeps that choose by it.
+"""Evaluation on the way, on held-out training images, for people and sweeps that choose by it.
 
 The numbers go to validation.jsonl in the run folder, one row an evaluated epoch. The test set takes no part.
 """
 
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +18,8 @@ from isd_ray.data.augment import center_view
 from isd_ray.data.catalog import Splits
 from isd_ray.data.index import class_counts, classes
 from isd_ray.errors import UserError
-from isd_ray.evaluate.protocols import KNN, evaluate_encoders
+from isd_ray.evaluate.names import ALONG, size_faults
+from isd_ray.evaluate.score import evaluate_encoders
 from isd_ray.train.evaluation import bank_name, choose_bank, grouping, load_labelled
 from isd_ray.train.folder import Row, RunFolder, is_count, read_lines, read_table
 from isd_ray.train.state import State, Worker
@@ -27,14 +29,34 @@ WATCHED = "watched.json"
 
 
 def watched_tables(config: Config, splits: Splits) -> dict[str, pa.Table]:
-    """Return the tables that the evaluation on the way reads, by file name in the run folder."""
+    """Return the tables that the evaluation on the way reads, by file name in the run folder.
+
+    Raises UserError where there are none, or where they cannot serve what is to be measured.
+    """
+    asked = [name for name in config.evaluate.along if name not in ALONG]
+    if faults := faults_along(asked, config, splits):
+        raise UserError("--evaluate.along: " + "; ".join(faults))
+    bank, held = _bank_and_held(config, splits)
+    return {"bank.parquet": bank, "validation.parquet": held}
+
+
+def faults_along(names: Sequence[str], config: Config, splits: Splits) -> list[str]:
+    """Return a fault for each of these protocols that cannot run on the images for the way.
+
+    Raises UserError where there are none.
+    """
+    counts = [class_counts(table).tolist() for table in _bank_and_held(config, splits)]
+    return list(size_faults(names, *counts))
+
+
+def _bank_and_held(config: Config, splits: Splits) -> tuple[pa.Table, pa.Table]:
     bank = choose_bank(config, splits)
     if not config.data.validation or splits.test is None or bank is None:
         raise UserError(
             f"--evaluate.every {config.evaluate.every}: it needs --data.validation N, images to evaluate on; the test "
             "set is looked at once, when the run is over"
         )
-    return {"bank.parquet": bank, "validation.parquet": splits.test}
+    return bank, splits.test
 
 
 def how_watched(config: Config, splits: Splits) -> dict[str, Any]:
@@ -89,12 +111,13 @@ class Watch:
         result = self.evaluate(state)
         row: Row = {"step": state.step, "epoch": state.step // self.steps, "time": round(time.time(), 3)}
         for network, metrics in result["metrics"].items():
-            for metric, accuracy in metrics.items():
-                if accuracy is not None:
-                    groups = result["groups"][network][metric]
-                    row[f"{network}.{metric}"] = accuracy
-                    row[f"{network}.{metric}.class_mean"] = result["class_mean"][network][metric]
-                    row |= {f"{network}.{metric}.{group}": value for group, value in groups.items()}
+            for metric, number in metrics.items():
+                if number is None:
+                    continue
+                row[f"{network}.{metric}"] = number
+                if (groups := result["groups"][network][metric]) is not None:
+                    means = {"class_mean": result["class_mean"][network][metric]} | groups
+                    row |= {f"{network}.{metric}.{group}": value for group, value in means.items()}
         return row
 
     def evaluate(self, state: State) -> dict[str, Any]:
@@ -118,6 +141,6 @@ class Watch:
             with_pixels=False,
             batch_size=self.config.evaluate.batch_size,
             device=self.worker.device,
-            protocols=KNN,
+            protocols=self.config.evaluate.along,
             seed=self.config.train.seed,
         )

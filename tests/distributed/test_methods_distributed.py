@@ -32,7 +32,7 @@ STEPS = [slice(sum(map(sum, SHARES[:i])), sum(map(sum, SHARES[: i + 1]))) for i 
 class Flat(nn.Module):
     """A backbone with batch norm for rows [b, SIZE] and for images."""
 
-    arch, stem = "flat", "none"
+    arch, stem_kind = "flat", "none"
 
     def __init__(self, dim: int = 8) -> None:
         super().__init__()

@@ -43,7 +43,7 @@ def load(options):
 
 @pytest.mark.parametrize("name", FROZEN)
 def test_a_run_continues_to_the_same_bits_and_is_evaluated(options, name):
-    options |= {"method.name": name, "evaluate.linear": False}
+    options |= {"method.name": name, "evaluate.protocols": ["knn1", "knn20"]}
     result = isd_ray.pretrain(options | {"name": "whole", "evaluate.enabled": True})
     assert set(result["metrics"]) == {"student", "teacher", "untrained", "pixels"}
     whole, half = (RunFolder(f"{options['output']}/{run}") for run in ("whole", "half"))
@@ -70,9 +70,10 @@ def test_two_workers_train_and_one_continues(options):
 
 def test_the_teacher_is_the_network_that_the_run_evaluated(options, teacher_run):
     """The same accuracies as in that run's own evaluation."""
-    plain = {"linear": False, "baselines": False}
+    names = ["knn1", "knn20", "knn200_weighted"]
+    plain = {"protocols": names, "baselines": False}
     own = evaluate(teacher_run, None, plain, {})["metrics"]
-    small = options | {"evaluate.enabled": True, "evaluate.linear": False, "evaluate.baselines": False}
+    small = options | {"evaluate.enabled": True, "evaluate.protocols": names, "evaluate.baselines": False}
     for encoder in ("student", "teacher"):
         run = small | {"name": encoder, "method.teacher_encoder": encoder}
         assert isd_ray.pretrain(run)["metrics"]["teacher"] == own[encoder]
@@ -222,8 +223,8 @@ def test_a_teacher_that_takes_no_such_images(options, tmp_path):
     path = tmp_path / "vit.safetensors"
     export_backbone(build_backbone("timm:vit_tiny_patch16_224", image_size=32), path)
     assert load(options | {"method.teacher": str(path), "data.image_size": 32}).dim == 192
-    with pytest.raises(UserError, match=r"vit.safetensors: it does not take images of 48 pixels: Input"):
-        load(options | {"method.teacher": str(path), "data.image_size": 48})
+    with pytest.raises(UserError, match=r"vit.safetensors: it does not take images of 40 pixels: Input"):
+        load(options | {"method.teacher": str(path), "data.image_size": 40})
 
 
 def test_a_run_that_cannot_be_a_teacher(options, teacher_run, tmp_path):

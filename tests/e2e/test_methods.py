@@ -45,7 +45,7 @@ def test_a_method_trains_and_continues_to_the_same_bits(options, name):
 
 
 def test_a_run_without_a_teacher_is_evaluated(options, capsys):
-    options |= {"method.name": "simsiam", "evaluate.enabled": True, "evaluate.linear": False}
+    options |= {"method.name": "simsiam", "evaluate.enabled": True, "evaluate.protocols": ["knn1", "knn20"]}
     result = isd_ray.pretrain(options | {"queue.size": 100_000})  # it has no queue that could be too large
     assert set(result["metrics"]) == {"student", "untrained", "pixels"}
     assert result["config"]["method"]["momentum"] is None

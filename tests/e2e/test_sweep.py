@@ -148,6 +148,13 @@ def test_a_trial_on_workers_is_judged_and_stopped_too(ray_session, tiny_shards, 
         time.sleep(0.5)
 
 
+def test_a_goal_that_the_images_cannot_serve_is_said_at_the_start(ray_session, tiny_shards, tmp_path):
+    content = tiny_space(tiny_shards, goals=["student.knn121"])
+    with pytest.raises(UserError, match="goals: knn121: the bank has 120 images, fewer than k = 121"):
+        sweep(Space(**content), "no", str(tmp_path))
+    assert not (tmp_path / "no" / "journal.jsonl").exists(), "something was started"
+
+
 def test_more_than_there_is_is_said_at_the_start(ray_session, tiny_shards, tmp_path):
     for resources, workers, words in (
         (
@@ -180,7 +187,9 @@ def test_a_run_is_evaluated_on_the_way_on_images_that_it_does_not_train_on(
         told.append(row)
         return False
 
-    options = {"data.validation": 10, "evaluate.every": 2, "evaluate.enabled": True, "evaluate.linear": False}
+    names = ["knn20", "nmi"]
+    options = {"data.validation": 10, "evaluate.every": 2, "evaluate.enabled": True}
+    options |= {"evaluate.protocols": names, "evaluate.along": names}
     result = pretrain(resolve(tiny_options | options), tell)
     folder = RunFolder(f"{tiny_options['output']}/run")
     rows = read_rows(folder)
@@ -188,11 +197,15 @@ def test_a_run_is_evaluated_on_the_way_on_images_that_it_does_not_train_on(
     assert [row["epoch"] for row in rows] == [2, 3]  # every second one, and the last
     assert result["protocol"]["test"] == {"images": 40, "name": "validation"}
     assert rows[-1][GOAL] == result["metrics"]["student"]["knn20"]
+    assert rows[-1]["teacher.nmi"] == result["metrics"]["teacher"]["nmi"]
+    assert "student.knn1" not in rows[-1]
     keys = [set(pq.read_table(Path(folder.path, f"{n}.parquet"))["key"].to_pylist())
             for n in ("selection", "bank", "validation")]  # fmt: skip
     assert keys[0] == keys[1]
     assert not keys[0] & keys[2]
     assert (len(keys[0]), len(keys[2])) == (120, 40)
+    with pytest.raises(UserError, match=r"--evaluate.along: knn121: the bank has 120 images"):
+        pretrain(resolve(tiny_options | options | {"evaluate.along": ["knn121"], "name": "small"}))
     with pytest.raises(UserError, match=r"needs --data\.validation"):
         pretrain(resolve(tiny_options | {"evaluate.every": 2, "name": "other"}))
 

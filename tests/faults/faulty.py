@@ -25,6 +25,7 @@ PATIENCE = 150.0  # seconds that anything may take
 TIDY = 30.0  # seconds after which nothing of a job is left
 OUTPUT = re.compile(r"epoch \d+/\d+  |waiting for |note: |$")  # lines on standard error that are no complaint
 ROLES = {
+    "job": "jobs/",  # the driver and its supervisor
     "worker": "ray::RayTrainWorker",
     "controller": "ray::TrainController",
     "lines": "ray::_QueueActor",

@@ -1,12 +1,21 @@
 """Layers win in their order, everything can be fed back, and every mistake is named with its nearest right name."""
 
+import math
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import yaml
+from pydantic import BaseModel, ValidationError
 
-from isd_ray.config import flatten, merge, option_names, parse, read_yaml, resolve, to_yaml
+from isd_ray.config import Config, flatten, merge, option_names, parse, read_yaml, resolve, to_yaml
 from isd_ray.data.catalog import load_definition, names
 from isd_ray.errors import UserError
+from isd_ray.layers import unfold
 from isd_ray.methods import METHODS
+from isd_ray.study.spec import Study
+from isd_ray.sweep.space import Space
+from isd_ray.values import kinds_of, path_of
 
 
 def test_command_line_wins_over_file_and_defaults(tmp_path):
@@ -170,6 +179,41 @@ def test_bounds_leave_room_for_what_people_do():
     }
     flat = flatten(resolve(options).model_dump())
     assert {name: flat[name] for name in options} == options
+
+
+FILES: dict[type[BaseModel], dict[str, Any]] = {  # and what each of them must have
+    Config: {},
+    Space: {"space": {}},
+    Study: {"methods": {}, "data": {}, "imbalances": {}, "baseline": "isd"},
+}
+
+
+def numbers_of(model: type[BaseModel], within: str = "") -> Iterator[tuple[str, set[Any]]]:
+    """Yield every number of a file by dotted name, with its types."""
+    for name, field in model.model_fields.items():
+        kinds = kinds_of(field.annotation)
+        if "dict" in str(field.annotation):
+            continue
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from numbers_of(kind, f"{within}{name}.")
+        if kinds & {int, float}:
+            yield within + name, kinds
+
+
+@pytest.mark.parametrize("model", FILES)
+def test_every_number_of_every_file_is_finite_and_bounded(model):
+    """A machine takes literally whatever stands there."""
+    model(**FILES[model])
+    names = dict(numbers_of(model))
+    assert len(names) > 5
+    for name, kinds in names.items():
+        huge = [] if float in kinds else [10**13, 10**30]
+        for value in (math.nan, math.inf, -math.inf, *huge):
+            given = [value] if any("list" in str(kind) for kind in kinds) else value
+            with pytest.raises(ValidationError) as error:
+                model(**FILES[model] | unfold({name: given}))
+            assert all(path_of(e).startswith(name) for e in error.value.errors()), (name, value)
 
 
 @pytest.mark.parametrize(

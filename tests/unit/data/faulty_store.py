@@ -54,20 +54,33 @@ class Handler(BaseHTTPRequestHandler):
     server: Proxy
 
     def do_GET(self) -> None:
+        body = self._body()
         kind = self.server.fault((self.command, self.path, self.headers.get("Range", "")))
         if kind == "no answer":
             return self._hang_up()
         if kind in ("status 500", "status 503"):
             return self._answer(int(kind.split()[1]), {"Content-Length": "0"}, b"")
         upstream = http.client.HTTPConnection(HOST, self.server.port, timeout=20)
-        headers = {k: v for k, v in self.headers.items() if k.lower() != "connection"}
-        upstream.request(self.command, self.path, headers=headers)
+        dropped = ("connection", "transfer-encoding", "expect")
+        headers = {k: v for k, v in self.headers.items() if k.lower() not in dropped}
+        upstream.request(self.command, self.path, body=body or None, headers=headers)
         answer = upstream.getresponse()
         kept = {k: v for k, v in answer.getheaders() if k.lower() not in ("connection", "date", "server")}
         self._answer(answer.status, kept, answer.read(), kind)
         upstream.close()
 
-    do_HEAD = do_GET
+    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
+
+    def _body(self) -> bytes:
+        """Return what the client sends, also in chunks (RFC 9112, 7.1)."""
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
 
     def _answer(self, status: int, headers: dict[str, str], body: bytes, kind: str | None = None) -> None:
         self.send_response(status)

@@ -1,5 +1,5 @@
-"""Published choices of images: the lists D1..D10 of the authors of ISD, in the form of their files (headings, classes,
-files of ImageNet), and the class sizes of ImageNet-100-LT."""
+"""Published choices of images: the lists D1..D10 of the authors of ISD, in the form of their files
+(headings, classes, files of ImageNet), and the class sizes of ImageNet-100-LT."""
 
 from pathlib import Path
 
@@ -25,8 +25,11 @@ def sizes(name: str) -> dict[str, int]:
 
 
 def stems(name: str) -> dict[str, list[str]]:
-    """Listed files of each class without their ending, `n01498041/n01498041_17`: numbers as those of ImageNet, in
-    the order of their texts for a large class, in no order for a small one."""
+    """Listed files of each class without their ending, `n01498041/n01498041_17`.
+
+    Numbers are as those of ImageNet, in the order of their texts for a large class, in none for a
+    small one.
+    """
     rng = np.random.default_rng(0)
     found = {}
     for c, n in sizes(name).items():
@@ -73,5 +76,5 @@ _IMAGES = """
 
 
 def imagenet100_lt() -> dict[str, int]:
-    """Images of each class of ImageNet-100-LT, by WordNet id, in the order of the published labels."""
+    """Images of each class of ImageNet-100-LT by WordNet id, in the order of published labels."""
     return dict(zip(_IDS.split(), map(int, _IMAGES.split()), strict=True))

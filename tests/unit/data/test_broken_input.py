@@ -44,6 +44,8 @@ BAD = {
     "a comment that unpacks to 256 MB": ("x.png", b.text_bomb(), "too large", "too large"),
     "SVG": ("x.png", b'<svg xmlns="http://www.w3.org/2000/svg"/>', UNKNOWN, UNKNOWN),
     "PostScript, a program": ("x.jpg", POSTSCRIPT, UNKNOWN, UNKNOWN),
+    "half a JPEG 2000": ("x.jp2", b.file(kind="JPEG2000")[:200], None, "."),
+    "half a GIF": ("x.gif", b.file(b.pixels().convert("P"), "GIF")[:200], UNKNOWN, UNKNOWN),
     "an image kind that is not read": ("x.jpg", b.file(kind="ICO", sizes=[(8, 8)]), UNKNOWN, UNKNOWN),
     "zeros": ("x.jpg", b"\0" * 3000, UNKNOWN, UNKNOWN),
     "a pickle named .jpg": ("x.jpg", pickle.dumps(b.Trap("never")), UNKNOWN, UNKNOWN),
@@ -65,6 +67,10 @@ GOOD = {
     "animated PNG": ("x.png", b.file(kind="PNG", **FRAMES)),
     "several pictures in a JPEG": ("x.jpg", b.file(kind="MPO", **FRAMES)),
     "TIFF": ("x.tif", b.file(kind="TIFF")),
+    "TIFF, spelt out": ("x.tiff", b.file(kind="TIFF")),
+    "GIF": ("x.gif", b.file(b.pixels().convert("P"), "GIF")),
+    "animated GIF": ("x.gif", b.file(b.pixels().convert("P"), "GIF", **FRAMES)),
+    "JPEG 2000": ("x.jp2", b.file(kind="JPEG2000")),
 }
 
 

@@ -108,6 +108,20 @@ def test_schemes_and_options_of_the_caller_replace_those_of_the_definition(image
     assert listed.train["key"].to_pylist() == ["ant/3", "cow/1"]
 
 
+@pytest.mark.parametrize("published", [True, False])
+def test_inaturalist_as_published_or_with_one_folder_a_class(tmp_path, monkeypatch, published):
+    small = load_definition("inaturalist2018").model_copy(update={"classes": 3})
+    monkeypatch.setattr(catalog, "load_definition", lambda name: small)
+    above = {"7": "Plants", "12": "Plants", "3": "Birds"}
+    for split, n in (("train", 4), ("val", 1)):
+        for name, group in above.items():
+            write_images(tmp_path / split / (group if published else "."), {name: n})
+    splits = open_dataset("inaturalist2018", root=str(tmp_path), workers=0)
+    assert index.classes(splits.train) == ["12", "3", "7"]
+    assert index.class_counts(splits.train).tolist() == [4, 4, 4]
+    assert index.class_counts(splits.test).tolist() == [1, 1, 1]
+
+
 def test_flat_root_and_no_test_set(tmp_path):
     write_images(tmp_path / "flat", {".": 5})
     splits = open_dataset("folder", root=str(tmp_path / "flat"))

@@ -108,10 +108,10 @@ def test_large_jpegs_are_decoded_smaller_and_give_nearly_the_same_views():
         assert found <= factors
     assert found == {1}
     shape = read.Shape((64, 64), views)
-    small, _, _ = read._decode([data] * 4, position[:4], shape)
+    small, _, _ = read._decode([(data, 0.0)] * 4, position[:4], shape)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(read, "_shrink", lambda *_: None)
-        whole, _, _ = read._decode([data] * 4, position[:4], shape)
+        whole, _, _ = read._decode([(data, 0.0)] * 4, position[:4], shape)
     difference = np.abs(small.astype(int) - whole)
     assert difference.max() > 0  # it was decoded smaller
     assert difference.mean() < 1  # grey level

@@ -1,4 +1,4 @@
-"""Lists of files: the published ones are read as they are, and a file that is not there is never another one."""
+"""Lists of files: published ones are read as they are; a missing file is never another one."""
 
 import numpy as np
 import pytest

@@ -163,6 +163,58 @@ def test_a_file_that_claims_more_rows_than_it_has_bytes_is_refused(tmp_path):
         parquet_source(write(tmp_path, table))
 
 
+class Trap(pa.ExtensionType):
+    """A type that does something when a value becomes a Python object, as one of Ray's unpickles it."""
+
+    sprung = 0
+
+    def __init__(self):
+        super().__init__(pa.binary(), "tests.trap")
+
+    def __arrow_ext_serialize__(self) -> bytes:
+        return b""
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, storage, serialized):
+        return cls()
+
+    def __arrow_ext_scalar_class__(self):
+        return Sprung
+
+
+class Sprung(pa.ExtensionScalar):
+    def as_py(self, **_):
+        Trap.sprung += 1
+        return "x"
+
+
+@pytest.fixture
+def trap(tmp_path):
+    """Texts of a type that is known to this process alone, and works."""
+    pa.register_extension_type(Trap())
+    Trap.sprung = 0
+    yield pa.ExtensionArray.from_storage(Trap(), pa.array([b"x"] * 4))
+    pa.unregister_extension_type("tests.trap")
+
+
+@pytest.mark.parametrize("name", ["label", "key", "label_name", "image", "path", "other"])
+def test_no_value_of_a_foreign_type_becomes_an_object(tmp_path, trap, name):
+    columns = labelled(ZERO_ONE) | {name: trap}
+    if name == "path":
+        columns = labelled(ZERO_ONE) | {
+            "image": pa.StructArray.from_arrays([pa.array(IMAGES), trap], ["bytes", name])
+        }
+    place = write(tmp_path, columns)
+    if name in ("label", "image"):
+        with pytest.raises(UserError, match=r"is extension<tests\.trap"):
+            parquet_source(place)
+    else:
+        assert [s.image for s in parquet_source(place)] == IMAGES
+    assert Trap.sprung == 0
+    trap.to_pylist()
+    assert Trap.sprung == 4, "the trap works"
+
+
 KINDS = (
     st.integers(0, 3), st.text(max_size=3), st.sampled_from(IMAGES), st.booleans(), st.integers(-9, 2**64 - 1),
     st.floats(), st.binary(max_size=8), st.lists(st.integers(0, 3), max_size=2), st.just(None), st.datetimes(),

@@ -75,7 +75,7 @@ def asked(draw):
 
 
 def quota_of(scheme, options) -> list[int] | None:
-    """Images asked of each class where that can be said without the schemes' own code; None where not."""
+    """Images asked of each class where that shows without the schemes' own code, else None."""
     if scheme == "balanced" and options.get("of") is None:
         return [options["per_class"]] * 5
     if scheme == "counts" and options.get("class_order", "label") == "label":
@@ -136,7 +136,7 @@ def check_images(table, chosen, scheme, options) -> None:
     ("scheme", "options", "message"),
     [
         ("exponentail", {}, "unknown imbalance scheme 'exponentail'. Did you mean 'exponential'"),
-        (["step"], {}, r"unknown imbalance scheme \(list\)"),
+        (["step"], {}, r"unknown imbalance scheme \['step'\]"),
         ("pareto", {"alfa": 3}, "unknown imbalance option 'alfa' of scheme 'pareto'. Did you mean 'alpha'"),
         ("pareto", {"mode": "x"}, "option mode 'x' of scheme 'pareto': it should be 'quantile' or 'draw'"),
         (
@@ -166,7 +166,11 @@ def check_images(table, chosen, scheme, options) -> None:
         ("large_small", {"n_larg": 9}, "Did you mean 'n_large'"),
         ("isd_8_30", {"n_max": 9}, "unknown imbalance option 'n_max' of scheme 'isd_8_30'"),
         ("counts", {}, "needs counts: images of each class, by rank or by class name"),
-        ("counts", {"counts": [1, 2, 3, 4, -1]}, r"option counts \(list\) of .*: -1 is no number of images"),
+        (
+            "counts",
+            {"counts": [1, 2, 3, 4, -1]},
+            r"option counts \[1, 2, 3, 4, -1\] of .*: -1 is no number of images",
+        ),
         ("counts", {"counts": {1: 2}}, "write the names of classes in quotes"),
         ("counts", {"counts": {}}, "give the images of each class"),
         ("list", {}, "needs files: the path of a text file"),

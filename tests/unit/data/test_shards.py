@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
@@ -18,7 +19,7 @@ from PIL import Image
 from isd_ray import ending
 from isd_ray.data import index, shards
 from isd_ray.data.shards import make_shards, unique_keys
-from isd_ray.errors import UserError
+from isd_ray.errors import MachineError, UserError
 
 JOB = Path(__file__).parents[3] / "jobs" / "make_shards.py"
 
@@ -109,6 +110,35 @@ def test_other_parameters_are_refused(tmp_path, change):
         )
     assert "\n" not in str(error.value)
     assert content(tmp_path / "out" / "train") == before
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "[" * 10**5, "\x1b[2J"])
+def test_a_damaged_description_is_refused_in_one_line(tmp_path, content):
+    source = write_images(tmp_path / "in")
+    make(source, tmp_path / "out")
+    (tmp_path / "out" / "train" / "make_shards.json").write_text(content)
+    with pytest.raises(UserError, match=r"make_shards.json' is damaged: give another --out") as error:
+        make(source, tmp_path / "out")
+    assert str(error.value).isprintable()
+
+
+def test_a_shard_that_cannot_be_read_back_is_the_disks_fault(tmp_path, monkeypatch):
+    entry = {"shard": "x", "key": None, "reason": "truncated", "rows": 0}
+    monkeypatch.setattr(index, "index_shard", lambda *_: (index.SCHEMA.empty_table(), [entry]))
+    with pytest.raises(MachineError, match=r"cannot be read back \(truncated\): check the disk, start again"):
+        make(write_images(tmp_path / "in"), tmp_path / "out")
+
+
+def test_labels_and_names_that_no_shard_can_hold_cost_their_image_alone(tmp_path, monkeypatch):
+    write_images(tmp_path / "in")
+    images = [p.read_bytes() for p in sorted((tmp_path / "in").rglob("*.png"))[:4]]
+    labels, keys = [0, 1, 3, 1], ["a", "b", "c", "d" * 10**6]
+    pq.write_table(pa.table({"image": images, "label": labels, "key": keys}), tmp_path / "x.parquet")
+    monkeypatch.setattr(shards.scan, "LABELS", 3)
+    table = make(str(tmp_path / "x.parquet"), tmp_path / "out", max_bad=0.5)
+    assert table["key"].to_pylist() == ["a", "b", "d" * 4096]
+    (line,) = (tmp_path / "out" / "train" / "bad_samples.jsonl").read_text().splitlines()
+    assert json.loads(line)["reason"] == "label 3 is larger than 2"
 
 
 def test_foreign_tars_are_not_mixed_in(tmp_path):

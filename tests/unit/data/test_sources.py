@@ -5,6 +5,7 @@ import pickle
 import sys
 import types
 
+import broken as b
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -165,6 +166,53 @@ def test_torchvision_files_are_kept_as_they_are(tmp_path):
     assert sorted(samples(source)) == sorted(EXPECTED)
 
 
+def nested(root, *paths):
+    for i, path in enumerate(paths):
+        place = root / f"{path}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(IMAGES[i])
+    return str(root)
+
+
+def test_classes_below_folders_that_group_them(tmp_path):
+    """As iNaturalist 2018 is published: SUPERCATEGORY/CLASS/IMAGE."""
+    where = nested(tmp_path / "outer" / "set", "Plants/7/a", "Plants/12/a", "Birds/3/b", "Birds/3/deep/c")
+    source = open_source(f"folder:{where}/*")
+    assert source.classes == ["12", "3", "7"]
+    found = {name: source.classes[s.label] for name, s in zip(source.names(), source, strict=True)}
+    assert found == {
+        "Plants/7/a.png": "7", "Plants/12/a.png": "12", "Birds/3/b.png": "3", "Birds/3/deep/c.png": "3",
+    }  # fmt: skip
+    assert open_source("folder:./*", root=where).classes == source.classes
+    assert open_source(f"folder:{tmp_path}/outer/*/*").classes == source.classes
+    assert open_source(f"folder:{where}").classes == ["Birds", "Plants"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        (["a/1", "b/2"], "no class folder in the folders of"),
+        (["a/x/1", "b/2"], "holds both images and class folders, e.g. 'b/2.png'"),
+        (["a/x/1", "b/x/2", "b/y/3"], "has 2 classes of the name 'x'"),
+    ],
+)
+def test_what_is_wrong_with_nested_classes_is_said(tmp_path, paths, message):
+    with pytest.raises(UserError, match=message):
+        open_source(f"folder:{nested(tmp_path, *paths)}/*")
+
+
+def test_inaturalist_of_torchvision_has_class_names_and_its_own_files(tmp_path):
+    pytest.importorskip("torchvision")
+    nested(tmp_path / "2018", "Birds/0/b", "Plants/1/a", "Plants/1/c")
+    source = open_source("torchvision:INaturalist", split="2018", root=str(tmp_path))
+    assert source.classes == ["Birds/0", "Plants/1"]
+    assert sorted(samples(source), key=lambda s: IMAGES.index(s[0])) == [
+        (IMAGES[0], 0),
+        (IMAGES[1], 1),
+        (IMAGES[2], 1),
+    ]
+
+
 def test_every_torchvision_set_of_the_table_exists():
     import inspect
 
@@ -236,7 +284,17 @@ def test_folders_that_are_no_data(tmp_path):
         open_source(str(tmp_path / "mixed"))
 
 
-def test_tars_without_an_index_are_indexed(tmp_path):
+def test_tars_without_an_index_are_indexed(tmp_path, capsys):
     place = as_tars(tmp_path)
     (tmp_path / "out" / "train" / index.FILE_NAME).unlink()
     assert samples(open_source(place)) == EXPECTED
+    assert "bad samples" not in capsys.readouterr().out
+
+
+def test_bad_samples_of_tars_without_an_index_are_said_to_be_left_out(tmp_path, capsys):
+    members = [m for i in range(150) for m in b.sample(f"{i:03d}")]
+    (tmp_path / "s.tar").write_bytes(b.tar(*members, ("x\x1b.cls", b"1")))
+    assert len(open_source(f"tars:{tmp_path}")) == 150
+    said = capsys.readouterr().out
+    assert r"1 bad samples left out, e.g. s.tar x\x1b: no image member" in said
+    assert said.strip().isprintable()

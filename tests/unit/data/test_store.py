@@ -66,6 +66,14 @@ def assert_equal(found: list, expected: list) -> None:
     assert sorted(torch.cat([batch.index for batch in found]).tolist()) == list(range(SHARDS * EACH))
 
 
+def test_a_task_whose_store_fails_says_so_as_a_failure_of_the_machine():
+    for raised, code in ((store.StoreError("gone\nlines of Ray's"), 3), (UserError("wrong\nmore"), 2)):
+        wrapped = blocks.ray.exceptions.RayTaskError("read_range", "Traceback", raised)
+        found = blocks.error_of_task(wrapped)
+        assert (str(found), found.exit_code) == (str(raised).partition("\n")[0], code)
+    assert blocks.error_of_task(ValueError("x")) is None
+
+
 @pytest.mark.parametrize("faults", [0, 1, 2])
 def test_a_faulty_store_gives_what_the_disk_gives(bucket, disk, faults, monkeypatch):
     monkeypatch.setattr(store, "WAIT", 0.02)

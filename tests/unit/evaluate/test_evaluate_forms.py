@@ -16,8 +16,8 @@ from isd_ray.evaluate.linear import (
     initial_head,
     linear,
 )
-from isd_ray.evaluate.measures import TransferFeatures
-from isd_ray.evaluate.protocols import SECTIONS, evaluate_features
+from isd_ray.evaluate.protocol import TransferFeatures
+from isd_ray.evaluate.score import SECTIONS, evaluate_features
 
 CLASSES = 4
 

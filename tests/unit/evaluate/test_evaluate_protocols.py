@@ -7,7 +7,8 @@ from torch import nn
 
 from isd_ray.errors import UserError
 from isd_ray.evaluate.linear import LinearRecipe
-from isd_ray.evaluate.protocols import KNN, evaluate_encoders, evaluate_features
+from isd_ray.evaluate.names import ALONG
+from isd_ray.evaluate.score import evaluate_encoders, evaluate_features
 from isd_ray.evaluate.table import markdown, print_table
 
 METRICS = ["knn1", "knn20", "knn200_weighted", "linear"]
@@ -68,7 +69,7 @@ def test_every_metric_reads_its_own_neighbours() -> None:
     found = {}
     for c in range(3):
         r = evaluate_features(bank, y, torch.tensor([[1.0, 0.0]]), torch.tensor([c]), classes=3,
-                              train_counts=[1, 1, 1], protocols=KNN)  # fmt: skip
+                              train_counts=[1, 1, 1], protocols=ALONG)  # fmt: skip
         found |= {m: c for m, accuracy in r["metrics"].items() if accuracy == 100}
     assert found == {"knn1": 0, "knn20": 1, "knn200_weighted": 2}
     assert r["groups"]["knn1"] == {}  # equal counts: no class is rarer than another
@@ -86,7 +87,7 @@ def test_a_bank_smaller_than_k_leaves_the_metric_out_and_says_so() -> None:
 def test_a_class_without_test_images_has_no_number() -> None:
     bank, y = one_hot_set(60, 3)
     test, wanted = bank[y != 1], y[y != 1]
-    r = evaluate_features(bank, y, test, wanted, classes=3, train_counts=[9, 5, 1], protocols=KNN)
+    r = evaluate_features(bank, y, test, wanted, classes=3, train_counts=[9, 5, 1], protocols=ALONG)
     assert r["per_class"]["knn20"] == [100.0, None, 100.0]
     assert r["groups"]["knn20"] == {"many": 100.0, "medium": None, "few": 100.0}
     assert r["std"]["knn20"] is None
@@ -94,7 +95,7 @@ def test_a_class_without_test_images_has_no_number() -> None:
 
 def test_bad_features_and_counts_are_named() -> None:
     bank, y = one_hot_set(30, 3)
-    options = {"classes": 3, "train_counts": [3, 2, 1], "protocols": KNN}
+    options = {"classes": 3, "train_counts": [3, 2, 1], "protocols": ALONG}
     broken = bank.clone()
     broken[4, 1] = float("nan")
     with pytest.raises(UserError, match="1 of 30 feature vectors of the test set are not finite"):
@@ -113,7 +114,7 @@ def test_a_diverged_encoder_is_named() -> None:
     encoders = {"student": nn.Flatten(), "teacher": diverged}
     with pytest.raises(UserError, match="Evaluation of teacher: 6 of 6 feature vectors of the bank"):
         evaluate_encoders(encoders, images, labels, images, labels, view=lambda x: x.float(), classes=3,
-                          train_counts=[1, 2, 3], protocols=KNN)  # fmt: skip
+                          train_counts=[1, 2, 3], protocols=ALONG)  # fmt: skip
 
 
 def test_encoders_and_pixels_stand_side_by_side(result: dict) -> None:

@@ -1,4 +1,4 @@
-"""A file of weights that anybody may have made is loaded or refused in one line, and executes nothing."""
+"""A file of weights by anybody is loaded or refused in one line, and executes nothing."""
 
 import argparse
 import io
@@ -26,7 +26,7 @@ ROWS, DIM = 6, 4
 class Tiny(nn.Module):
     """A backbone of few bytes, so that a random one of them is often a telling one."""
 
-    dim, arch, stem = DIM, "tiny", "own"
+    dim, arch, stem_kind = DIM, "tiny", "own"
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ GOOD = {
 
 
 def read_every_way(path) -> list[str]:
-    """Read a file by all that read weights; returns what was said, each in one line that can be printed."""
+    """Read a file by all that read weights; returns what was said, each in one printable line."""
     options = {"teacher": str(path), "teacher_backbone": "resnet18"}
     tries = [
         lambda: load_isd_checkpoint(path, method()),
@@ -182,7 +182,7 @@ def test_missing_files_and_folders_are_said(tmp_path):
         ("encoder_q.body.0.weight", torch.ones(4, 4), r"weight: \[4, 4\] in the file, \[4, 3\] here"),
         ("encoder_q.body.0.weight", torch.ones(4, 3).int(), r"weight: int32 \[4, 3\] in the file"),
         ("encoder_k.body.0.bias", torch.ones(4) * 1j, r"bias: complex64 \[4\] in the file"),
-        ("encoder_q.body.1.num_batches_tracked", torch.tensor(1.5), "num_batches_tracked"),
+        ("encoder_q.body.1.num_batches_tracked", torch.ones(2), "num_batches_tracked"),
         ("queue", torch.ones(ROWS), r"queue: \[6\] in the file, \[6, 4\] here"),
         ("queue", torch.ones(ROWS, DIM).long(), r"queue: int64 \[6, 4\] in the file"),
         ("queue_ptr", torch.tensor([2, 3]), "queue_ptr: no row of the 6"),
@@ -203,6 +203,15 @@ def test_tensors_of_another_form_are_named(tmp_path, key, value, words):
     assert all(torch.equal(tensor, before[name]) for name, tensor in own.state_dict().items())
     assert own.queue.fill == 0
     assert load_isd_checkpoint(path, own, allow_unmatched=True)
+
+
+def test_a_file_all_of_whose_numbers_were_halved_loads(tmp_path):
+    whole = Tiny().state_dict()
+    torch.save({f"encoder_q.{name}": value.half() for name, value in whole.items()}, tmp_path / "half.pth")
+    backbone = Tiny()
+    assert load_encoder(tmp_path / "half.pth", backbone) == []
+    for name, value in backbone.state_dict().items():
+        torch.testing.assert_close(value, whole[name], atol=1e-3, rtol=1e-3)
 
 
 def test_names_in_a_file_cannot_forge_a_line(tmp_path):

@@ -8,6 +8,7 @@ from plain_losses import unit
 from torch import Tensor, nn
 
 from isd_ray.methods import build_method
+from isd_ray.methods.base import encoder
 from isd_ray.methods.pirl import cut, uniform
 from isd_ray.queue.bank import Bank
 
@@ -179,7 +180,7 @@ def test_invprop_without_links_has_the_first_term_alone():
 def test_deepcluster_predicts_the_clusters_of_the_last_epoch():
     bank = Bank(N, 2 * D, 3, dtype=torch.float64)
     method = build_method("deepcluster_v2", Backbone(), bank, prototypes=4).double()
-    method.student = nn.Identity()
+    method.student = encoder(nn.Identity(), nn.Identity())
     first = [random(N, seed) for seed in (3, 4)]
     method.begin_epoch(0)
     assert method(first, torch.arange(N)).loss == 0  # nothing is clustered as yet

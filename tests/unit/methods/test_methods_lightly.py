@@ -23,6 +23,7 @@ from lightly.models.utils import update_momentum
 from torch import Tensor, nn
 
 from isd_ray.methods import build_method, find_method
+from isd_ray.methods.base import encoder
 from isd_ray.models.prototypes import Prototypes, sinkhorn
 from isd_ray.models.teacher import Teacher
 from isd_ray.queue.distributed import DistributedQueue
@@ -166,7 +167,8 @@ def test_swav_with_small_views_and_queue(small, with_queue, dtype):
     )
     method.queue = DistributedQueue(K, 2 * D, dtype=dtype)
     method.queue.enqueue(torch.cat(older, dim=1))
-    method.student, method.assign = nn.Identity(), Prototypes(D, P, "step").to(dtype)
+    method.student = encoder(nn.Identity(), nn.Identity())
+    method.assign = Prototypes(D, P, "step").to(dtype)
     method.update_teacher(0.0)
     views, twins = inputs(count, dtype)
     weight = method.assign.weight.detach().clone().requires_grad_()

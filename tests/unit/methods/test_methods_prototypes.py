@@ -6,7 +6,10 @@ from plain_losses import plain_dino, plain_sinkhorn, plain_swav, unit
 from torch import Tensor, nn
 
 from isd_ray.methods import build_method
+from isd_ray.methods.base import encoder
+from isd_ray.methods.dino import DINO
 from isd_ray.models.prototypes import Prototypes, sinkhorn
+from isd_ray.queue.bank import Bank
 from isd_ray.queue.distributed import DistributedQueue
 
 B, D, P, K = 6, 5, 7, 9
@@ -59,7 +62,7 @@ def test_swav_equals_a_plain_reading(with_queue):
     method = build_method(
         "swav", Backbone(), queue, prototypes=P, freeze=0, queue_start=0 if with_queue else 9
     )
-    method.student = nn.Identity()
+    method.student = encoder(nn.Identity(), nn.Identity())
     method.assign = Prototypes(D, P, "step").double()
     method.update_teacher(0.0)
     views = [random(B, seed).requires_grad_() for seed in (3, 4)]
@@ -109,6 +112,73 @@ class Shift(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.by
+
+
+class Small(nn.Module):
+    """A backbone with batch norm for images of any size; it keeps the batches that pass it."""
+
+    dim = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.passed: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passed.append(x.detach())
+        return self.body(x).mean((2, 3))
+
+
+def memory_of(name: str):
+    if name == "swav":
+        return DistributedQueue(K, 256)
+    return Bank(20, 256, 3) if name == "deepcluster_v2" else None
+
+
+@pytest.mark.parametrize("sides", [(8, 8), (8, 8, 6, 6, 6)])
+@pytest.mark.parametrize("name", ["swav", "deepcluster_v2", "dino"])
+def test_views_of_one_size_share_a_pass_and_its_batch_statistics(name, sides):
+    """As in the authors' codes: one batch a size through the backbone, in order of the views."""
+    torch.manual_seed(0)
+    method = build_method(name, Small(), memory_of(name), prototypes=P, views=["weak"] * len(sides)).train()
+    views = [torch.randn(B, 3, side, side) for side in sides]
+    before = {key: value.clone() for key, value in method.encoders()["student"].state_dict().items()}
+    method.update_teacher(0.9)
+    method(views, torch.arange(B)).loss.backward()
+    expected = [torch.cat(views[:2]), *([torch.cat(views[2:])] if len(sides) > 2 else [])]
+    backbone = method.encoders()["student"]
+    assert len(backbone.passed) == len(expected)
+    for passed, whole in zip(backbone.passed, expected, strict=True):
+        assert torch.equal(passed, whole)
+    alone = Small()
+    alone.load_state_dict(before)
+    for whole in expected:
+        alone(whole)
+    torch.testing.assert_close(backbone.state_dict(), alone.state_dict())
+    if name == "dino":
+        (seen,) = method.encoders()["teacher"].passed
+        assert torch.equal(seen, torch.cat(views[:2]))
+
+
+@pytest.mark.parametrize("name", ["swav", "deepcluster_v2"])
+def test_the_projector_sees_all_views_at_once(name):
+    torch.manual_seed(0)
+    method = build_method(name, Small(), memory_of(name), prototypes=P, views=["weak"] * 3).train()
+    rows = []
+    method.student.projector.register_forward_hook(lambda _, inputs, out: rows.append(len(inputs[0])))
+    method([torch.randn(B, 3, side, side) for side in (8, 8, 6)], torch.arange(B))
+    assert rows == [3 * B]
+
+
+def test_the_head_of_dino_starts_small():
+    torch.manual_seed(0)
+    head = DINO.head(64, P, 0)
+    layers = [layer for layer in head if isinstance(layer, nn.Linear)]
+    assert len(layers) == 3
+    for layer in layers:
+        assert layer.weight.abs().max() <= 2
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.02)
+        assert not layer.bias.any()
 
 
 @pytest.mark.parametrize("norm", ["weight", "step"])

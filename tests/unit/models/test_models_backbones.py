@@ -5,7 +5,7 @@ import torchvision
 from torch import nn
 
 from isd_ray.errors import UserError
-from isd_ray.models.backbones import build_backbone
+from isd_ray.models.backbones import build_backbone, check_size
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,46 @@ def test_timm_vit_takes_the_image_size():
     assert backbone(torch.randn(2, 3, 32, 32)).shape == (2, backbone.dim) == (2, 192)
 
 
+@pytest.mark.parametrize("name", ["timm:vit_tiny_patch16_224", "timm:swin_tiny_patch4_window7_224"])
+@torch.no_grad()
+def test_transformers_take_views_of_other_sizes_and_are_the_same_at_their_own(name):
+    ours = build_backbone(name, image_size=64).eval()
+    fixed = timm.create_model(name.removeprefix("timm:"), num_classes=0, img_size=64).eval()
+    assert ours.state_dict().keys() == fixed.state_dict().keys()
+    fixed.load_state_dict(ours.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(ours(images), fixed(images))
+    for side in (64, 32, 96):
+        check_size(ours, side)
+        features = ours(torch.randn(2, 3, side, side))
+        assert features.shape == (2, ours.dim)
+        assert features.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "words"),
+    [
+        ("timm:vit_tiny_patch16_224", 40, r"Input height \(40\) should be divisible by patch size \(16\)"),
+        ("timm:mixer_s16_224", 32, r"Input height \(32\) doesn't match model \(64\)"),
+        ("timm:levit_128s", 32, "size of tensor"),
+    ],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_size_that_a_backbone_does_not_take_is_one_line(name, side, words, training):
+    backbone = build_backbone(name, image_size=64).train(training)
+    check_size(backbone, 64)
+    with pytest.raises(UserError, match=f"for 64 pixels does not take images of {side}: .*{words}") as error:
+        check_size(backbone, side)
+    assert str(error.value).isprintable()
+    assert backbone.training == training
+
+
+def test_resnets_take_any_size():
+    for name in ("resnet8", "resnet18", "timm:resnet10t"):
+        for side in (1, 17, 96):
+            check_size(build_backbone(name), side)
+
+
 def test_timm_dim_is_that_of_the_features_where_a_head_widens_them():
     backbone = build_backbone("timm:mobilenetv3_small_050")
     assert backbone.eval()(torch.randn(1, 3, 32, 32)).shape[1] == backbone.dim
@@ -112,7 +152,10 @@ def test_probing_leaves_the_running_statistics_alone():
         ({"name": "resnet20", "stem": "imagenet"}, "use stem 'auto'"),
         ({"name": "resnet18", "stem": "stride2"}, "use stem 'auto'"),
         ({"name": "timm:resnet18", "stem": "cifar"}, "use stem 'auto'"),
-        ({"name": "timm:vit_tiny_patch16_224", "image_size": 8}, "does not take images of 8 pixels"),
+        (
+            {"name": "timm:vit_tiny_patch16_224", "image_size": 8},
+            r"does not take images of 8 pixels \(--data.image_size\): Input height \(8\) should be divisible",
+        ),
     ],
 )
 def test_mistakes_are_said_in_one_line(options, message):

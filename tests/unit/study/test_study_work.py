@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from made_up import NAMES, made_up, picture_arrays, write_cell
 
 from isd_ray.errors import UserError
@@ -161,3 +162,23 @@ def test_pictures_that_are_damaged_are_made_anew(tmp_path, damage):
     for content in (buffer.getvalue(), buffer.getvalue()[:200], b"", b"x"):
         folder.write(pictures.FILE, content)
         assert pictures.read_pictures(folder, plan.study.pictures, len(NAMES)) is None
+
+
+def test_cells_that_an_older_version_measured_stay_measured(tmp_path):
+    """Their options say `linear: false` beside the protocols, and nothing of what did not exist then."""
+    plan, folder = (
+        small(metrics=["student.knn20"], config={"evaluate.linear": False}),
+        RunFolder(str(tmp_path)),
+    )
+    cell = plan.cells[0]
+    write_cell(plan, folder, cell)
+    run = cell_folder(folder, cell)
+    saved = yaml.safe_load(run.read("config.yaml"))
+    del saved["evaluate"]["along"]
+    saved["evaluate"] |= {"linear": False, "protocols": [*saved["evaluate"]["protocols"], "linear"]}
+    run.write("config.yaml", yaml.safe_dump(saved).encode())
+    check_cells(plan, folder)
+    saved["evaluate"]["linear"] = True
+    run.write("config.yaml", yaml.safe_dump(saved).encode())
+    with pytest.raises(UserError, match=r"evaluate\.protocols was .*'linear'.*, now"):
+        check_cells(plan, folder)

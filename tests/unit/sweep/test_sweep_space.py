@@ -9,6 +9,7 @@ import pytest
 
 from isd_ray.config import flatten, option_names
 from isd_ray.errors import UserError
+from isd_ray.evaluate.names import ALONG, examples, parse
 from isd_ray.sweep.check import check
 from isd_ray.sweep.constraints import parse_constraint
 from isd_ray.sweep.space import Space, parse_dimension, read_space
@@ -43,7 +44,7 @@ def test_all_faults_at_once_each_with_its_remedy():
             "train.weight_decay": {"logunifrom": [1e-5, 1e-3]},
         },
         constraints=["queue.sise < 5", "__import__('os').system('true') == 0", "train.lr"],
-        goals=["student.knn2"],
+        goals=["student.kn20"],
         budget={"epochs": 4},
         scheduler={"grace": 4},
         validation={"every": 8},
@@ -60,7 +61,7 @@ def test_all_faults_at_once_each_with_its_remedy():
         "unknown option 'queue.sise'. Did you mean 'queue.size'?",
         "is neither an option, a number nor",
         "constraint 'train.lr': no comparison",
-        "unknown goal 'student.knn2'. Did you mean 'student.knn20'?",
+        "unknown goal 'student.kn20'. Did you mean 'student.knn20'?",
         "scheduler.grace 4: a trial has 4 epochs",
         "validation.every 8: a trial has 4 epochs",
     ):
@@ -82,6 +83,12 @@ def test_all_faults_at_once_each_with_its_remedy():
         ({"start": [{"train.lr": 0.5}]}, "'train.lr' is not varied"),
         ({"goals": ["student.knn20", "student.knn20.few"]}, "scheduler.name: none"),
         ({"goals": ["student.knn20", "student.knn20"], "scheduler": {"name": "none"}}, "twice"),
+        ({"goals": ["student.linear"]}, "unknown goal 'student.linear'"),  # it takes too long
+        ({"goals": ["teacher.nmi.few"]}, "unknown goal 'teacher.nmi.few'. Did you mean 'teacher.nmi'?"),
+        ({"goals": ["student.knn20.fwe"]}, "unknown goal 'student.knn20.fwe'"),
+        ({"goals": ["pixels.knn20"]}, "unknown goal 'pixels.knn20'"),
+        ({"goals": ["student"]}, "unknown goal 'student'"),
+        ({"config": {"evaluate.along": ["nmi"]}}, "evaluate.along: the sweep sets it; use goals"),
         ({"sampler": {"name": "nsga2"}}, "with one, use tpe"),
         ({"scheduler": {"grace": 6}}, "multiple of validation.every (4)"),
         (
@@ -186,6 +193,15 @@ def test_config_says_where_a_varied_option_starts():
     assert plan.space.config_of(plan.base, {"method.temperature": 0.3}).method.temperature == 0.3
 
 
+@pytest.mark.parametrize("metric", examples(cheap=True))
+def test_every_cheap_protocol_can_be_a_goal_and_is_measured_on_the_way(metric):
+    grouped = parse(metric).protocol.by_class
+    for goal in [f"student.{metric}", *([f"teacher.{metric}.few"] if grouped else [])]:
+        plan = check(Space(**GOOD, goals=[goal]))
+        along = plan.space.config_of(plan.base, {}).evaluate.along
+        assert along == list(dict.fromkeys([*ALONG, metric]))
+
+
 def test_conditional_dimensions_are_active_only_where_their_condition_holds():
     lr = {"loguniform": [0.01, 1.0], "when": {"train.optimizer": ["lars", "adamw"]}}
     plan = check(Space(space={"train.lr": lr, "train.optimizer": {"choice": ["sgd", "lars", "adamw"]}}))
@@ -218,3 +234,30 @@ def test_a_memory_limit_that_nobody_would_watch_is_refused(monkeypatch):
     assert "train.workers to 0" in faults(**limited, config={"train.workers": 2})
     monkeypatch.setattr("isd_ray.sweep.check.STATM", Path("/nowhere/statm"))
     assert "no /nowhere/statm here" in faults(**limited)
+
+
+def test_more_trials_than_anybody_runs_are_refused_also_from_the_command_line():
+    space = Space(**GOOD)
+    space.budget.trials = 10**9  # as --trials does
+    with pytest.raises(UserError, match=r"budget\.trials: .* less than or equal to 100000"):
+        check(space)
+
+
+def test_what_only_training_would_find_is_found_in_every_choice():
+    text = faults(space={"model.backbone": {"choice": ["resnet8", "resnet19"]}})
+    assert "space: --model.backbone resnet19" in text
+    assert "unknown backbone 'resnet19'" in text
+    assert "config: --model.backbone" in faults(**GOOD, config={"model.backbone": "resnet19"})
+
+
+@pytest.mark.parametrize(
+    "text", ["-" * 499 + "1", "(" * 250 + "1" + ")" * 249, "'\\d' == 'd'", "1 < 2 is 3", "a\0b"]
+)
+def test_odd_constraints_are_refused_or_read_without_a_word_of_python(text, recwarn):
+    said = ""
+    try:
+        parse_constraint(text)
+    except UserError as error:
+        said = str(error)
+    assert said.isprintable()
+    assert not recwarn.list

@@ -10,7 +10,7 @@ from isd_ray.config import resolve
 from isd_ray.errors import UserError
 from isd_ray.methods import METHODS
 from isd_ray.train import learnable
-from isd_ray.train.learnable import check_learnable
+from isd_ray.train.learnable import check_learnable, check_steps
 
 
 def dotted(options: dict[str, object]) -> dict[str, object]:
@@ -74,6 +74,13 @@ def test_views_of_several_sizes_must_fit_the_backbone(monkeypatch):
     assert "makes some of 96" in text
     check_learnable(resolve(dotted(views | {"method__views": ["swav_large", "swav_large"]})))
     learnable._look.cache_clear()
+
+
+def test_a_schedule_that_fills_the_memory_is_refused():
+    config = resolve({"train.epochs": 10**6, "train.batch_size": 256})
+    check_steps(config, 256 * 100 + 255)
+    with pytest.raises(UserError, match=r"--train.epochs 1000000: 101,000,000 steps in all"):
+        check_steps(config, 256 * 101)
 
 
 def test_a_tracker_that_is_not_installed_is_said(monkeypatch):

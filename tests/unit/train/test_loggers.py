@@ -136,7 +136,7 @@ def test_a_remote_folder_has_no_tensorboard_and_that_is_said(tmp_path):
     out, folder = io.StringIO(), SimpleNamespace(local=False, uri="s3://bucket/runs/x")
     loggers = open_loggers(config(), folder, out)
     assert loggers.places == {}
-    assert out.getvalue().startswith("note: TensorBoard's files are written to local folders alone")
+    assert out.getvalue().startswith("note: TensorBoard's files are for local folders alone")
     assert len(out.getvalue().splitlines()) == 1
     again = io.StringIO()
     open_loggers(config(), folder, again, step=5)
@@ -170,6 +170,17 @@ def test_a_tracker_that_does_not_start_is_one_line(tmp_path, trackers):
     trackers[0].broken = True
     with pytest.raises(UserError, match=r"--train.loggers wandb: .*not configured \(no-tty\)"):
         open_loggers(config("wandb"), RunFolder(str(tmp_path)), io.StringIO())
+
+
+def test_a_result_that_cannot_be_sent_is_a_line(tmp_path, trackers):
+    wandb, _ = trackers
+    wandb.broken, out, folder = True, io.StringIO(), RunFolder(str(tmp_path))
+    folder.write("checkpoints/step-00000008.pt", b"")
+    result = {"metrics": {"student": {"knn20": 60.0}}}
+    send_result(config("wandb"), folder, result, out)
+    assert out.getvalue().startswith("note: the result is not sent: --train.loggers wandb: ")
+    send_result(config("wandb"), folder, {"metrics": {}, "note": "no test set"}, out)
+    assert len(out.getvalue().splitlines()) == 1
 
 
 def test_a_tracker_that_fails_on_the_way_is_left_out_with_a_line(tmp_path, trackers):

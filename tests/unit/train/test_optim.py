@@ -52,6 +52,26 @@ def test_decay_of_norm_and_bias_is_a_choice(name):
     assert len(together[0]["params"]) == 5
 
 
+@pytest.mark.parametrize("decay", [0.0, 1e-6, 0.1])
+@pytest.mark.parametrize("all_decayed", [True, False])
+def test_lars_adapts_whatever_the_weight_decay(decay, all_decayed):
+    """One step is lr trust |w| / (|g| + wd |w|) (g + wd w), or plain SGD for what is left alone."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double()
+    nn.init.normal_(net[0].bias)
+    before = [p.detach().clone() for p in net.parameters()]
+    train = TrainConfig(optimizer="lars", lr=4.8, weight_decay=decay, decay_norm_and_bias=all_decayed)
+    optimizer = build_optimizer(net, train)
+    (net(torch.randn(8, 4).double()) * torch.randn(8, 3)).sum().backward()
+    optimizer.step()
+    for w, p in zip(before, net.parameters(), strict=True):
+        g, step = p.grad, train.lr * p.grad
+        if w.ndim > 1 or all_decayed:
+            ratio = train.trust * w.norm() / (g.norm() + decay * w.norm() + 1e-8) if w.norm() > 0 else 1
+            step = train.lr * ratio * (g + decay * w)
+        torch.testing.assert_close(p.detach(), w - step, rtol=1e-9, atol=1e-12)
+
+
 def test_sgd_equals_torch_sgd():
     torch.manual_seed(0)
     net = nn.Linear(4, 2)

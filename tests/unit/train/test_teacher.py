@@ -1,4 +1,4 @@
-"""A frozen teacher comes out of a run's folder whole, or what is wrong with the folder is said in one line."""
+"""A frozen teacher comes out of a run's folder whole, or one line says what is wrong with it."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def load(folder):
 
 def test_a_run_is_taken_whole(run):
     teacher = load(run)
-    assert (teacher.network.arch, teacher.network.stem) == ("resnet8", "stride2")
+    assert (teacher.network.arch, teacher.network.stem_kind) == ("resnet8", "stride2")
     assert find_in_run(MethodConfig(teacher=run.uri)).image_size == 32
 
 

@@ -1,11 +1,12 @@
-"""The long form: the whole suite with one fresh seed after another, until FUZZ_MINUTES are over.
+"""`make fuzz`: the whole suite with one fresh seed after another, until the time is over.
 
-python tests/fuzz/forever.py
+python tests/fuzz/repeat.py --minutes 30
 
 Prints the cases at each door, every kind of failure once, and the command that repeats it. Exit code 1
 where there was one.
 """
 
+import argparse
 import json
 import os
 import random
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
-MINUTES = float(os.environ.get("FUZZ_MINUTES", "30"))
 SHOWN = 400  # characters of what is known of a case
 Failure = dict[str, Any]
 
@@ -59,7 +59,9 @@ def describe(failure: Failure, times: int) -> str:
 
 def main() -> int:
     """Run until the time is over."""
-    end = time.monotonic() + 60 * MINUTES
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--minutes", type=float, default=30.0)
+    end = time.monotonic() + 60 * options.parse_args().minutes
     first = random.SystemRandom().randrange(1, 10**9)
     counts, times, smallest = Counter[str](), Counter[tuple[str, ...]](), dict[tuple[str, ...], Failure]()
     others: list[str] = []

@@ -1,9 +1,8 @@
-"""One evaluation for every model: the same numbers, from the same features, with the protocol stored beside
-them.
+"""One evaluation for every model: the same numbers, from the same features, with their protocol.
 
 `evaluate_features` scores one set of features; `evaluate_encoders` scores a student, a teacher, an untrained
-backbone and raw pixels side by side, because an accuracy means little without its floor. What a protocol does stands in
-`measures.py`, what it is called and needs in `names.py`.
+backbone and raw pixels side by side, because an accuracy means little without its floor. A protocol
+is a record of its own (`isd_ray/evaluate/protocols/`); nothing here knows one by name.
 """
 
 import time
@@ -19,11 +18,10 @@ from isd_ray.evaluate.features import Images, View, extract, pixels
 from isd_ray.evaluate.groups import Groups, class_groups, mean_of, scores
 from isd_ray.evaluate.knn import check_labels
 from isd_ray.evaluate.linear import ISD_RECIPE, LinearRecipe
-from isd_ray.evaluate.measures import MEASURES, NEEDS_WHOLE_BANK, Answer, Labelled, Search, TransferFeatures
-from isd_ray.evaluate.names import DEFAULT, Name, impossible, parse
+from isd_ray.evaluate.names import DEFAULT, parse
+from isd_ray.evaluate.protocol import Answer, Labelled, Name, Search, TransferFeatures
 
 SECTIONS = ("metrics", "class_mean", "groups", "std", "per_class", "details")
-KNN = DEFAULT[:3]  # what needs no training
 
 
 def evaluate_features(
@@ -53,7 +51,8 @@ def evaluate_features(
     Returns, in percent: `metrics` {metric: accuracy}, `class_mean` {metric: %}, `groups` {metric: {group: %}}, `std`
     {metric: %}, `per_class` {metric: [C]}, and `details` {metric: {...}} and `protocol`. A metric that cannot be had,
     as a k beyond the bank, is None everywhere and its protocol says so under `left_out`: a 200-NN over fewer images is
-    another metric, so k is never changed silently. nmi and ari have `metrics` alone.
+    another metric, so k is never changed silently. A protocol whose answer is a number has
+    `metrics` alone.
     Raises UserError for unknown protocols, for labels out of range, and for features that are not finite (a diverged
     model).
     """
@@ -68,11 +67,19 @@ def evaluate_features(
     rule: dict[str, Any] = {"by": groups} if isinstance(groups, str) else {"by": "thresholds", **groups}
     members = class_groups(train_counts, **rule)
     left_out = _left_out(names, bank is None, bank_labels, test_labels, classes, transfer or {})
-    k = [n.number for metric, n in names.items() if n.family.startswith("knn") and metric not in left_out]
     data = Labelled(
-        _placed(bank, device), bank_labels, test, test_labels, classes, seed, device, max(k, default=1), search,
-        transfer or {}, linear_recipe,
-    )  # fmt: skip
+        asked=[name for metric, name in names.items() if metric not in left_out],
+        bank=_placed(bank, device),
+        bank_labels=bank_labels,
+        test=test,
+        test_labels=test_labels,
+        classes=classes,
+        seed=seed,
+        device=device,
+        search=search,
+        transfer=transfer or {},
+        linear_recipe=linear_recipe,
+    )
     result = _measured(names, data, left_out, members)
     result["protocol"]["bank"] = _describe_bank(bank_name, bank_labels, classes)
     result["protocol"]["test"] = {"images": len(test_labels)}
@@ -86,13 +93,15 @@ def _measured(
 ) -> dict[str, Any]:
     """Run the protocols; returns the sections and `protocol`."""
     result: dict[str, Any] = {section: {} for section in (*SECTIONS, "protocol")}
+    protocol: dict[str, Any]
     for metric, name in names.items():
         if metric in left_out:
             protocol = {"name": metric, "left_out": left_out[metric]}
             scored: dict[str, Any] = dict.fromkeys(SECTIONS)
         else:
-            answer = MEASURES[name.family](data, name)
-            protocol, scored = answer.protocol, _scored(answer, data, groups)
+            answer = name.protocol.run(data, name)
+            protocol = {"name": metric, "version": name.protocol.version} | answer.settings
+            scored = _scored(answer, data, groups)
         result["protocol"][metric] = protocol
         for section in SECTIONS:
             result[section][metric] = scored[section]
@@ -107,10 +116,10 @@ def _left_out(
     counts = [torch.bincount(y.cpu(), minlength=classes).tolist() for y in (bank_labels, test_labels)]
     reasons = {}
     for metric, name in names.items():
-        reason = impossible(name, *counts)
-        if reason is None and no_bank and name.family in NEEDS_WHOLE_BANK:
+        reason = name.impossible(*counts)
+        if reason is None and no_bank and name.protocol.whole_bank:
             reason = "the bank does not fit into this machine's memory"
-        if reason is None and name.family == "transfer" and name.target not in transfer:
+        if reason is None and name.protocol.other_set and name.target not in transfer:
             reason = "there are no features of this set"
         if reason is not None:
             reasons[metric] = reason
