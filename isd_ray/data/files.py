@@ -23,7 +23,8 @@ from pyarrow import fs as pafs
 from isd_ray.data.listing import Listing, list_folder
 from isd_ray.data.store import retry, without_keys
 from isd_ray.ending import broken
-from isd_ray.errors import UserError, printable
+from isd_ray.errors import UserError, printable, shown
+from isd_ray.names import secret_fault
 
 T = TypeVar("T")
 OURS = re.compile(r"\..+\.[0-9a-f]{8}\.part")  # names of the part files of `write_whole`
@@ -67,8 +68,10 @@ def open_filesystem(uri: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
     """Return the file system of `uri` and the path in it.
 
     Raises:
-        UserError: the scheme is unknown or the place cannot be reached.
+        UserError: the scheme is unknown, the place cannot be reached, or the URI holds a key.
     """
+    if fault := secret_fault(os.fspath(uri)):
+        raise UserError(f"{shown(os.fspath(uri))}: {fault}")
     try:
         return pafs.FileSystem.from_uri(absolute(uri))
     except (pa.ArrowException, OSError, ValueError) as error:  # the last: a name that is no UTF-8

@@ -24,7 +24,11 @@ from isd_ray.messages import note
 from isd_ray.train.folder import RunFolder, checkpoint_names
 
 MARK = ".isd_ray.json"  # says whose a folder is, and who writes to it
-KINDS = {"run": "config.yaml", "sweep": "space.yaml", "study": "study.yaml"}  # and the file that each has
+KINDS = {  # and what each has, also where it was begun by a version that left no mark
+    "run": ("config.yaml", "selection.parquet"),
+    "sweep": ("space.yaml", "journal.jsonl"),
+    "study": ("study.yaml", "cells"),
+}
 GRACE = 5.0  # seconds in which what a killed process has started lets go of its lock
 RENEW = 5.0  # seconds between two signs of life in a store
 SILENT = 30.0  # seconds without one after which a process counts as gone
@@ -47,13 +51,14 @@ def refuse_foreign(folder: RunFolder, kind: str) -> None:
     if folder.type() == pa.fs.FileType.File:
         raise UserError(f"{folder.uri} is a file; choose another --name or --output")
     names = set(folder.names(files=False))
-    if not names:
+    if not names or (names == {MARK} and not folder.read(MARK)):  # the latter was killed as it began
         return
-    holds = [k for k, file in KINDS.items() if file in names] or [str(_mark(folder).get("kind"))]
-    of_old = kind == "run" and "checkpoints" in names and bool(checkpoint_names(folder))
-    if holds == [kind] or of_old:
+    kinds = [_mark(folder).get("kind"), *(k for k, files in KINDS.items() if names >= set(files))]
+    holds = next((k for k in kinds if k in KINDS), None)
+    only_checkpoints = kind == "run" and "checkpoints" in names and bool(checkpoint_names(folder))
+    if holds == kind or only_checkpoints:
         return
-    held = f"a {holds[0]}" if holds[0] in KINDS else printable(", ".join(sorted(names))[:100])
+    held = f"a {holds}" if holds else printable(", ".join(sorted(names))[:100])
     raise UserError(
         f"{folder.uri} holds {held}, which is no {kind} of ours; choose another --name, or another --output"
     )

@@ -34,6 +34,7 @@ from isd_ray.data.parallel import Progress
 from isd_ray.data.plan import require_side
 from isd_ray.data.store import StoredFile
 from isd_ray.data.stream import centre_shape, good_images
+from isd_ray.ending import broken
 from isd_ray.errors import UserError, harmless
 from isd_ray.models.frozen import fingerprint
 from isd_ray.train.folder import RunFolder, is_count
@@ -306,6 +307,8 @@ def _opened(uri: str) -> Iterator[pq.ParquetFile]:
                 raise ValueError(f"it claims {part.metadata.num_rows} rows, a part has {PART_ROWS} at most")
             yield part
     except (pa.ArrowException, OSError, LookupError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # Arrow's own, of damaged bytes, have none
+            raise broken(uri, error) from None
         reason = harmless(str(error) or type(error).__name__, 200)
         raise UserError(
             f"'{uri}' is damaged ({reason}): remove that file, and the same command makes it anew"

@@ -3,7 +3,7 @@
 import traceback
 
 from isd_ray.ending import DEFECT, explain, first_line
-from isd_ray.errors import UserError
+from isd_ray.errors import MachineError, UserError
 from isd_ray.train.folder import RunFolder
 
 FAILURE = "failure.json"
@@ -22,6 +22,8 @@ def read_failure(folder: RunFolder) -> str | None:
         return None
     try:
         found = folder.read_json(FAILURE)
+    except MachineError:
+        raise
     except UserError as error:
         return str(error)
     reason = found.get("reason") if isinstance(found, dict) else None

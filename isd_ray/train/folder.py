@@ -174,11 +174,13 @@ def read_saved(folder: RunFolder) -> dict[str, Any]:
     """
     place = folder.place("config.yaml")
     try:
-        saved = parse_mapping(folder.read("config.yaml"), place)
+        content = folder.read("config.yaml")
     except FileNotFoundError:
         raise UserError(
             f"{folder.uri}: no run there (config.yaml is missing); give the folder that a run printed"
         ) from None
+    try:
+        saved = parse_mapping(content, place)
     except UserError as error:
         raise _damaged(place, error) from None
     missing = [part for part in ("data", "model", "method", "train") if not isinstance(saved.get(part), dict)]
@@ -189,11 +191,11 @@ def read_saved(folder: RunFolder) -> dict[str, Any]:
 
 def saved_config(folder: RunFolder) -> Config:
     """Return the configuration that a run was started with; raises UserError as `read_saved` does."""
+    saved = read_saved(folder)
     try:
-        return validate(merge(read_saved(folder)))
+        return validate(merge(saved))
     except UserError as error:
-        place = folder.place("config.yaml")
-        raise error if place in str(error) else _damaged(place, error) from None
+        raise _damaged(folder.place("config.yaml"), error) from None
 
 
 def _damaged(place: str, reason: UserError | str) -> UserError:

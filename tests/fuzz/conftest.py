@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from doors import counts
+from doors import REPORT, counts
 from fuzzing import SEED
 from sandbox import Sandbox
 from stage import set_stage
@@ -88,6 +88,9 @@ def pytest_terminal_summary(terminalreporter) -> None:
     if not counts:
         return
     terminalreporter.section("fuzz")
+    if REPORT is not None:
+        with open(REPORT, "a") as file:
+            file.write(json.dumps({"counts": counts}) + "\n")
     for door, number in sorted(counts.items()):
         terminalreporter.write_line(f"{number:6,}  {door}")
     terminalreporter.write_line(

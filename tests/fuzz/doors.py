@@ -32,7 +32,7 @@ CPU_SECONDS, SECONDS = 5.0, 30.0  # of a case: of this process, and on the clock
 MEMORY = 2**30  # bytes by which the resident memory may grow in a case
 ADDRESSES = 4 * 2**30  # bytes of address space beyond those in use: the machine belongs to others too
 ERROR_LINES = 3
-COLLECT = os.environ.get("ISD_RAY_FUZZ_COLLECT")  # file that gets the failures, instead of a failing test
+REPORT = os.environ.get("ISD_RAY_FUZZ_REPORT")  # file that gets the failures: tests then go on
 counts: Counter[str] = Counter()  # cases by door
 
 Job = Callable[[list[str]], int]
@@ -133,10 +133,10 @@ def _report(door: str, answer: Answer, faults: list[str], arguments: Sequence[st
         "about": repr(about)[:2000],
     }
     case |= {"arguments": repr(list(arguments))[:2000], "out": answer.out[-600:], "err": answer.err[-2500:]}
-    if COLLECT is None:
+    if REPORT is None:
         told = "\n".join(f"{name}: {value}" for name, value in case.items())
         raise AssertionError(f"{door}: {'; '.join(faults)}\n{told}")
-    with open(COLLECT, "a") as file:
+    with open(REPORT, "a") as file:
         file.write(json.dumps(case) + "\n")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import ray
 import torch
@@ -74,10 +75,12 @@ class Stores:
 
         @staticmethod
         def from_uri(uri: str) -> tuple[pafs.FileSystem, str]:
-            known = re.match(r"(s3|gs|abfs|hdfs)://[^/?]*(bucket|127)[^/?]*(/[^?]*)?(\?[\w=.:&]*)?$", uri)
-            if known:
-                return pafs.PyFileSystem(Store()), f"bucket{known[3] or ''}"
-            return pafs.FileSystem.from_uri(uri)
+            if not re.match(r"(s3|gs|gcs|abfs|abfss|hdfs|viewfs)://", uri):
+                return pafs.FileSystem.from_uri(uri)
+            known = re.fullmatch(r"\w+://([\w:@.-]+)(/[^?]*)?(\?[\w=.:&-]*)?", uri)
+            if known is None:
+                raise pa.ArrowInvalid(f"Cannot parse URI: '{uri}'")
+            return pafs.PyFileSystem(Store()), f"bucket{known[2] or ''}"
 
 
 def _refuse(*_: Any, **__: Any) -> None:

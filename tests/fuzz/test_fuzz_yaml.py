@@ -68,7 +68,7 @@ def test_a_space(world: World, sandbox, jobs, light) -> None:
     @fuzz(100, content=yaml_files(world.space()))
     def case(content: bytes) -> None:
         place = write(sandbox, "space.yaml", content)
-        given = [f"--space={place}", f"--output={sandbox.out}"]
+        given = [f"--space={place}", f"--output={sandbox.out}", f"--data.shards={world.shards}"]
         knock(
             "YAML of a space",
             jobs["sweep"],

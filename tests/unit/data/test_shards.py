@@ -260,3 +260,37 @@ def test_the_job_says_mistakes_in_one_line_with_code_2(monkeypatch, capsys, argu
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["index.parquet", "bad_samples.jsonl", "train-000000.tar", "other.tar"])
+def test_files_that_lie_where_shards_are_written_are_left_alone(tmp_path, name):
+    source = write_images(tmp_path / "in")
+    folder = tmp_path / "out" / "train"
+    folder.mkdir(parents=True)
+    (folder / name).write_text("mine")
+    with pytest.raises(UserError, match=f"holds {name}, which make_shards did not write"):
+        make(source, tmp_path / "out")
+    assert [(p.name, p.read_text()) for p in folder.iterdir()] == [(name, "mine")]
+
+
+def test_a_tar_of_other_samples_among_ours_is_left_alone(tmp_path):
+    source, other = write_images(tmp_path / "in"), tmp_path / "other"
+    make(source, tmp_path / "out")
+    (other / "dog").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(other / "dog" / "theirs.png")
+    make(str(other), tmp_path / "more")
+    theirs = (tmp_path / "more" / "train" / "train-000000.tar").read_bytes()
+    place = tmp_path / "out" / "train" / "train-000001.tar"
+    for content in (theirs, b"mine"):
+        place.write_bytes(content)
+        with pytest.raises(UserError, match=r"train-000001\.tar' is no tar that make_shards wrote"):
+            make(source, tmp_path / "out")
+        assert place.read_bytes() == content
+
+
+@pytest.mark.parametrize("content", [b"", bytes(4096)])
+def test_a_shard_that_a_power_cut_has_emptied_is_made_anew(tmp_path, content):
+    source = write_images(tmp_path / "in")
+    whole = make(source, tmp_path / "out")
+    (tmp_path / "out" / "train" / "train-000001.tar").write_bytes(content)
+    assert make(source, tmp_path / "out").equals(whole)

@@ -1,16 +1,19 @@
 """What is run, run again and left alone; the cells themselves are played."""
 
+import io
 from collections import Counter, deque
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
-from made_up import made_up, write_cell
+from made_up import NAMES, made_up, picture_arrays, write_cell
 
 from isd_ray.errors import UserError
-from isd_ray.study import work
+from isd_ray.study import pictures, work
 from isd_ray.study.check import Plan
 from isd_ray.study.work import cell_folder, check_cells, jobs, shown
+from isd_ray.train.failure import FAILURE, read_failure
 from isd_ray.train.folder import RunFolder
 
 ENDS = {
@@ -120,6 +123,45 @@ def test_other_options_than_a_cell_was_started_with_are_refused(tmp_path):
     assert all("train.epochs was 4, now 5" in line for line in lines)
     with pytest.raises(UserError, match=r"evaluate\.protocols was .*remove its result\.json to measure anew"):
         check_cells(small(metrics=["student.fewshot5"]), folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"reason": 1}', "[" * 3000])
+def test_a_damaged_failure_is_told_as_one(tmp_path, text):
+    folder = RunFolder(str(tmp_path))
+    assert read_failure(folder) is None
+    folder.write(FAILURE, text.encode())
+    assert FAILURE in str(read_failure(folder))
+
+
+def arrays_of(plan: Plan) -> dict[str, np.ndarray]:
+    with np.load(io.BytesIO(picture_arrays(plan, plan.cells[1]))) as file:
+        return dict(file)
+
+
+BROKEN_PICTURES = {
+    "no labels": lambda a: a.pop("map_label"),
+    "fewer labels": lambda a: a.update(query_label=a["query_label"][:1]),
+    "an unknown class": lambda a: a.update(map_label=a["map_label"] + 99),
+    "words": lambda a: a.update(map_label=a["map_label"].astype(str)),
+    "another width": lambda a: a.update(near_image=a["near_image"][..., :3]),
+    "no number": lambda a: a.update(map_place=a["map_place"] * np.nan),
+    "of other queries": lambda a: a.update(wanted=np.array("{}")),
+    "half of the anchors": lambda a: a.pop("anchor_label"),
+}
+
+
+@pytest.mark.parametrize("damage", BROKEN_PICTURES)
+def test_pictures_that_are_damaged_are_made_anew(tmp_path, damage):
+    plan, folder = made_up(), RunFolder(str(tmp_path))
+    arrays = arrays_of(plan)
+    np.savez(buffer := io.BytesIO(), **arrays)
+    folder.write(pictures.FILE, buffer.getvalue())
+    assert pictures.read_pictures(folder, plan.study.pictures, len(NAMES)) is not None
+    BROKEN_PICTURES[damage](arrays)
+    np.savez(buffer := io.BytesIO(), **arrays)
+    for content in (buffer.getvalue(), buffer.getvalue()[:200], b"", b"x"):
+        folder.write(pictures.FILE, content)
+        assert pictures.read_pictures(folder, plan.study.pictures, len(NAMES)) is None
 
 
 def test_cells_that_an_older_version_measured_stay_measured(tmp_path):

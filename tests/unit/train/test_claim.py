@@ -27,10 +27,29 @@ def test_a_folder_of_another_kind_is_refused(tmp_path, kind):
     with claimed(RunFolder(str(tmp_path / "marked")), other):
         pass
     (tmp_path / "old").mkdir()
-    (tmp_path / "old" / KINDS[other]).write_text("")
+    for name in KINDS[other]:
+        (tmp_path / "old" / name).write_text("")
     for name in ("marked", "old"):
         with pytest.raises(UserError, match=f"holds a {other}"):
             refuse_foreign(RunFolder(str(tmp_path / name)), kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_of_somebody_with_the_name_of_ours_makes_no_folder_ours(tmp_path, kind):
+    file, _ = KINDS[kind]
+    (tmp_path / file).write_text("mine")
+    with pytest.raises(UserError, match=f"holds {file}"), claimed(RunFolder(str(tmp_path)), kind):
+        pass
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(file, "mine")]
+
+
+def test_a_start_that_was_killed_at_once_leaves_the_folder_free(tmp_path):
+    (tmp_path / MARK).write_text("")
+    with claimed(RunFolder(str(tmp_path)), "run"):
+        pass
+    (tmp_path / MARK).write_text("mine")
+    with pytest.raises(UserError, match="is no run of ours"), claimed(RunFolder(str(tmp_path)), "run"):
+        pass
 
 
 def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):

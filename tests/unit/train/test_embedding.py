@@ -193,3 +193,104 @@ def test_a_bank_in_parts_has_the_neighbours_of_the_whole(tmp_path, k) -> None:
     torch.testing.assert_close(similarity, expected[0])
     with pytest.raises(UserError, match="between 1 and 20"):
         search_parts(out, "student", 20, queries, 21, workers=0)
+
+
+# -- folders that are damaged, or somebody else's ------------------------------------------------------------
+
+
+@pytest.fixture
+def made(tmp_path) -> tuple[pa.Table, dict[str, nn.Module], Path]:
+    """A folder of three parts, and what it was made of."""
+    table, nets, out = make_set(tmp_path, [8] * 20), {"embedding": Net(5)}, tmp_path / "out"
+    embed(table, nets, VIEW, str(out), COMPUTE)
+    return table, nets, out
+
+
+@pytest.mark.parametrize("name", ["x.txt", "part-000000.parquet", "index.parquet", ".hidden", "folder/x"])
+def test_a_folder_with_other_things_is_refused_and_left_alone(tmp_path, name) -> None:
+    table, out = make_set(tmp_path, [8] * 4), tmp_path / "out"
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text("mine")
+    with pytest.raises(UserError, match=r"is not empty .* give another folder"):
+        embed(table, {"embedding": Net(5)}, VIEW, str(out), COMPUTE)
+    assert [(p, p.read_text()) for p in out.rglob("*") if p.is_file()] == [(out / name, "mine")]
+
+
+def test_a_start_that_was_killed_leaves_the_folder_free(tmp_path) -> None:
+    table, out = make_set(tmp_path, [8] * 4), tmp_path / "out"
+    out.mkdir()
+    (out / ".embeddings.json.0123abcd.part").write_text("{")
+    embed(table, {"embedding": Net(5)}, VIEW, str(out), COMPUTE)
+    assert len(read_labels(str(out))) == 4
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "[" * 3000,
+        "{}",
+        '{"images": -1, "part_rows": 8}',
+        '{"images": 8, "part_rows": 0}',
+    ],
+)
+def test_a_damaged_description_is_one_line(made, text) -> None:
+    table, nets, out = made
+    (out / "embeddings.json").write_text(text)
+    for call in (lambda: embed(table, nets, VIEW, str(out), COMPUTE), lambda: read_labels(str(out))):
+        with pytest.raises(UserError, match=r"embeddings\.json' is damaged"):
+            call()
+
+
+def test_a_description_of_endless_parts_lists_none(made) -> None:
+    *_, out = made
+    (out / "embeddings.json").write_text(json.dumps({"images": 2**50, "part_rows": 1}))
+    with pytest.raises(UserError, match="lacks"):
+        read_labels(str(out))
+
+
+def without(name: str):
+    return lambda part: part.drop_columns(name)
+
+
+def changed(name: str, array: pa.Array):
+    return lambda part: part.set_column(part.column_names.index(name), name, array)
+
+
+VECTORS = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(24, np.float32)), 3)
+DAMAGE = {
+    "no vectors": without("embedding"),
+    "no labels": without("label"),
+    "numbers": changed("embedding", pa.array([0.5] * 8)),
+    "texts": changed("embedding", pa.array(["x"] * 8)),
+    "lists": changed("embedding", pa.array([[0.5]] * 8)),
+    "another width": changed("embedding", VECTORS),
+    "holes": changed("embedding", pa.array([None] * 8, pa.list_(pa.float32(), 5))),
+    "labels in words": changed("label", pa.array(["x"] * 8)),
+    "too many rows": lambda part: pa.concat_tables([part, part]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_part_is_one_line(made, damage) -> None:
+    *_, out = made
+    place = out / "part-000000.parquet"
+    pq.write_table(DAMAGE[damage](pq.read_table(place)), place)
+    with pytest.raises(UserError, match=r"is damaged|parts of several widths"):
+        read_labels(str(out)), read_vectors(str(out), "embedding")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -8, -1])
+def test_a_cut_part_is_one_line_also_where_it_would_be_kept(made, keep) -> None:
+    table, nets, out = made
+    place = out / "part-000000.parquet"
+    place.write_bytes(place.read_bytes()[:keep])
+    for call in (lambda: embed(table, nets, VIEW, str(out), COMPUTE), lambda: read_labels(str(out))):
+        with pytest.raises(UserError, match=r"part-000000\.parquet' is damaged .*: remove that file"):
+            call()
+    place.unlink()
+    embed(table, nets, VIEW, str(out), COMPUTE)
+    assert len(read_labels(str(out))) == 20
