@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from pathlib import Path
-from typing import IO
+from typing import IO, TextIO
 
 from isd_ray.ending import DEFECT, GOES_ON, MACHINE, run_job
 from isd_ray.messages import note
@@ -89,7 +89,7 @@ def _work(main: Main, arguments: Sequence[str], tells: int, log: IO[bytes]) -> i
 class _Terminal(TextIOWrapper):
     """Standard output or error of the job on a descriptor of its own; what Ray prints goes to the log."""
 
-    def __init__(self, stream: IO[str], log: IO[bytes]) -> None:
+    def __init__(self, stream: TextIO, log: IO[bytes]) -> None:
         own, errors = os.fdopen(os.dup(stream.fileno()), "wb"), getattr(stream, "errors", None)
         buffered = (getattr(stream, name, True) for name in ("line_buffering", "write_through"))
         super().__init__(own, stream.encoding, errors, line_buffering=any(buffered))
