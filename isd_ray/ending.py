@@ -95,7 +95,8 @@ def hear_signals() -> None:
             raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, terminate)
-    signal.signal(signal.SIGINT, interrupt)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as what a script starts with `&` has it
+        signal.signal(signal.SIGINT, interrupt)
 
 
 def explain(error: BaseException) -> tuple[str, int]:

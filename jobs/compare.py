@@ -12,7 +12,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job's copy of the project is not installed
 
-from isd_ray.config import read_options, read_yaml
 from isd_ray.ending import DONE, FOUND
 from isd_ray.messages import Arguments
 from isd_ray.supervisor import run
@@ -33,6 +32,7 @@ def parser() -> Arguments:
 def main(arguments: list[str]) -> int:
     """Run the job; 1 where some runs failed, else the exit codes of isd_ray.ending."""
     given, rest = parser().parse_known_args(arguments)
+    from isd_ray.config import read_options, read_yaml
     from isd_ray.study.run import compare
 
     content, options = read_yaml(given.study), read_options(rest, "jobs/compare.py")

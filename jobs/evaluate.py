@@ -11,13 +11,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job's copy of the project is not installed
 
-from isd_ray.evaluate.names import listing
 from isd_ray.messages import Arguments
 from isd_ray.supervisor import run
 
 
 def parser() -> Arguments:
     """The options."""
+    from isd_ray.evaluate.names import listing
+
     options = Arguments(__doc__)
     options.epilog = f"protocols:\n{listing()}"
     options.add_argument("run", help="folder or URI of the run")

@@ -14,10 +14,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # works where the package is not installed
 
-from isd_ray.data import files, index
-from isd_ray.data.packed import SLOW
-from isd_ray.data.shards import index_only, make_shards
-from isd_ray.data.verify import verify_shards
 from isd_ray.ending import DONE, FOUND
 from isd_ray.errors import UserError
 from isd_ray.messages import Arguments, say
@@ -48,6 +44,10 @@ option("--classes", help="with --index-only: text file of class names, one a lin
 def main(arguments: list[str]) -> int:
     """Run the job; 1 where --verify found something, else the exit codes of isd_ray.ending."""
     options = vars(PARSER.parse_args(arguments))
+    from isd_ray.data import files, index
+    from isd_ray.data.packed import SLOW
+    from isd_ray.data.shards import index_only, make_shards
+
     uri, source, names = options.pop("index_only"), options.pop("source"), options.pop("classes")
     folder = options.pop("verify")
     if folder:
@@ -71,6 +71,8 @@ def read_names(path: str | None) -> list[str] | None:
     """Read the names of the classes, one a line."""
     if path is None:
         return None
+    from isd_ray.data import files
+
     try:
         return files.read_bytes(path).decode().splitlines()
     except UnicodeDecodeError:
@@ -79,6 +81,8 @@ def read_names(path: str | None) -> list[str] | None:
 
 def verify(folder: str, workers: int | None) -> int:
     """Print what is wrong with a folder of shards; returns the exit code."""
+    from isd_ray.data.verify import verify_shards
+
     report = verify_shards(folder, workers=workers, quiet=False)
     for finding in report.findings[:SHOWN]:
         place = finding["shard"] if finding["key"] is None else f"{finding['shard']} {finding['key']}"

@@ -9,12 +9,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job's copy of the project is not installed
 
-from isd_ray.config import parse
 from isd_ray.supervisor import run
 
 
 def main(arguments: list[str]) -> int:
     """Run the job; the exit codes are those of isd_ray.ending."""
+    from isd_ray.config import parse
+
     config = parse(arguments, program="jobs/pretrain.py")
     from isd_ray.train.trainer import pretrain, print_result
 

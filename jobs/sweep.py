@@ -12,7 +12,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job's copy of the project is not installed
 
-from isd_ray.config import read_options
 from isd_ray.ending import DONE
 from isd_ray.errors import UserError
 from isd_ray.messages import Arguments
@@ -34,6 +33,7 @@ def parser() -> Arguments:
 def main(arguments: list[str]) -> int:
     """Run the job; the exit codes are those of isd_ray.ending."""
     given, rest = parser().parse_known_args(arguments)
+    from isd_ray.config import read_options
     from isd_ray.sweep.run import sweep
     from isd_ray.sweep.space import read_space
 

@@ -17,7 +17,9 @@ def home(tmp_path) -> Path:
 
 @pytest.fixture
 def options(tiny_shards, tmp_path) -> dict[str, Any]:
-    """Options of a run of 60 steps, slow enough to be hurt in the middle."""
+    """Options of a run of 60 steps, slow enough to be hurt in the middle; beside it lies somebody else's folder."""
+    (tmp_path / "runs" / "other" / "ray").mkdir(parents=True)
+    (tmp_path / "runs" / "other" / "ray" / "precious.txt").write_text("x")
     return options_of_tiny_run(tiny_shards, tmp_path) | {"train.epochs": 6, "train.log_every": 1}
 
 

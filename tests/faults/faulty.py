@@ -14,6 +14,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 MARK = "ISD_RAY_TEST_MARK"  # in the environment of a job and of all that it starts
 PATIENCE = 150.0  # seconds that anything may take
 TIDY = 30.0  # seconds after which nothing of a job is left
+OF_RAY = re.compile(r"\(raylet\)|\*\*\* |\[\d{4}-\d\d-\d\d .* [EWFC] |StackTrace|Traceback|  File \"")
 OUTPUT = re.compile(r"epoch \d+/\d+  |waiting for |note: |$")  # lines on standard error that are no complaint
 ROLES = {
     "job": "jobs/",  # the driver and its supervisor
@@ -47,11 +49,23 @@ def processes(mark: str) -> dict[int, str]:
     return found
 
 
+def shared_files() -> set[str]:
+    """Return the files in shared memory that no process uses."""
+    names = {entry.name for entry in os.scandir("/dev/shm") if entry.is_file()}
+    for place in Path("/proc").glob("[0-9]*/maps") if names else ():
+        with suppress(OSError):
+            used = place.read_text(errors="replace")
+            names = {name for name in names if f"/dev/shm/{name}" not in used}
+    return names
+
+
 class Job:
     """A job in a process of its own; `folder`: of its run."""
 
     def __init__(self, options: Mapping[str, Any], home: Path, script: str = "pretrain", **more: str) -> None:
         self.mark, self.folder = uuid.uuid4().hex, Path(str(options["output"])) / str(options["name"])
+        self.around, self.shared = home.parent, shared_files()
+        self.others = self.foreign()
         arguments = [
             f"--{name}={json.dumps(v) if isinstance(v, list | dict) else v}" for name, v in options.items()
         ]
@@ -114,6 +128,11 @@ class Job:
             time.sleep(0.1)
         return code
 
+    def foreign(self) -> dict[Path, bytes]:
+        """The files beside the run's folder, with their content."""
+        there = [p for p in (self.around / "runs").rglob("*") if p.is_file()]
+        return {p: p.read_bytes() for p in there if not p.is_relative_to(self.folder)}
+
     def said(self) -> str:
         """Everything on standard error so far."""
         return Path(self.files[1].name).read_text()
@@ -128,8 +147,12 @@ def ends_well(job: Job, *codes: int) -> None:
     code, lines = job.end(), job.complaints()
     assert code in codes, f"exit code {code}: {job.said()}"
     assert len(lines) == (code != 0), job.said()
-    assert "Traceback" not in job.said()
-    assert not list(job.folder.glob(".ray-*")) or code == -signal.SIGKILL
+    printed = Path(job.files[0].name).read_text() + job.said()
+    assert not OF_RAY.search(printed), printed
+    wordless = code == -signal.SIGKILL or "ended without a word" in job.said()
+    assert wordless or not list(job.folder.glob(".ray-*"))  # else the next command removes them
+    assert job.foreign() == job.others
+    assert not shared_files() - job.shared
 
 
 def weights(content: bytes) -> dict[str, torch.Tensor]:

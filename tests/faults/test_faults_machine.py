@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -63,31 +63,53 @@ class StoredJob(Job):
         return int(names[-1][5:13]) if names else 0
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.long)])
-def test_a_store_that_is_away_loses_nothing(options, home, untouched, store, workers):
-    """Data and output in an S3 store that is named with its parameters; in the middle of the run all requests fail."""
+@pytest.fixture
+def stored(options, home, store) -> Callable[..., StoredJob]:
+    """Start a job whose data and output are in the store, which is named with its parameters."""
     place = f"endpoint_override=127.0.0.1:{store.server_port}&scheme=http&region=us-east-1"
     options |= {"data.shards": f"s3://{BUCKET}/set?{place}", "output": f"s3://{BUCKET}/runs?{place}"}
-    options |= {"train.workers": workers, "train.checkpoint_seconds": 1, "train.log_every": 5}
-    uri = f"s3://{BUCKET}/runs/run?{place}"
+    options |= {"train.checkpoint_seconds": 1, "train.log_every": 5}
 
-    def job() -> StoredJob:
-        started = StoredJob(options, home)
-        started.uri = uri
+    def job(workers: int) -> StoredJob:
+        started = StoredJob(options | {"train.workers": workers}, home)
+        started.uri = f"s3://{BUCKET}/runs/run?{place}"
         return started
 
-    first = job()
-    first.at(5)
-    store.broken = True
-    ends_well(first, 3)
-    assert "store" in first.complaints()[0]
-    store.broken = False
-    ends_well(job(), 0)
-    folder = RunFolder(uri)
-    last = folder.read(f"checkpoints/{checkpoint_names(folder)[-1]}")
-    assert same_bits(last, untouched)
+    return job
+
+
+def is_whole(job: StoredJob, untouched: bytes) -> None:
+    """What a run leaves in the store, and nothing of Ray's."""
+    folder = RunFolder(job.uri)
+    assert same_bits(folder.read(f"checkpoints/{checkpoint_names(folder)[-1]}"), untouched)
     assert folder.exists("result.json")
     assert not [name for name in folder.names(files=False) if name.startswith(".ray-")]
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.long)])
+def test_a_store_that_is_away_loses_nothing(stored, untouched, store, workers):
+    job = stored(workers)
+    job.at(5)
+    store.broken = True
+    ends_well(job, 3)
+    assert "store" in job.complaints()[0]
+    store.broken = False
+    again = stored(workers)
+    ends_well(again, 0)
+    is_whole(again, untouched)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_store_that_comes_back_in_time_is_not_noticed(stored, untouched, store, workers):
+    job = stored(workers)
+    job.at(5)
+    store.counts.clear()
+    store.broken = True
+    job.until(lambda: sum(store.counts.values()) >= 3, "requests that failed")
+    store.broken = False
+    ends_well(job, 0)
+    is_whole(job, untouched)
 
 
 def test_two_commands_of_one_name(options, home):
