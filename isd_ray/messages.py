@@ -1,10 +1,12 @@
 """What a job says while it works: one line at a time, harmless whatever a file or a person has put in it."""
 
 import argparse
+import re
 import sys
 from typing import NoReturn
 
-from isd_ray.errors import UserError, printable
+from isd_ray.errors import UserError, printable, shown
+from isd_ray.names import place_fault, text_fault
 
 
 def say(line: str) -> None:
@@ -15,6 +17,22 @@ def say(line: str) -> None:
 def note(line: str) -> None:
     """Print one line on standard error, at once, as `say` does."""
     print(printable(line), file=sys.stderr, flush=True)
+
+
+def place(text: str) -> str:
+    """Take a path or URI of a command line: the `type` of such an option; repeats no key that it holds."""
+    if fault := place_fault(text):
+        raise argparse.ArgumentTypeError(f"{shown(text)}: {fault}")
+    return text
+
+
+def source(text: str) -> str:
+    """Take images of a command line: a path or URI, or what KIND:NAME calls by its kind."""
+    if fault := text_fault(text):
+        raise argparse.ArgumentTypeError(f"{shown(text)}: {fault}")
+    kind = re.match(r"(folder|tars|torchvision):(?!//)", text)
+    place(text[kind.end() :] if kind else text)
+    return text
 
 
 class Arguments(argparse.ArgumentParser):

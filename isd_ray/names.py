@@ -74,9 +74,15 @@ def secret_fault(uri: str) -> str | None:
     names, values = [name.lower() for name, _, _ in pairs], [value for _, _, value in pairs]
     if "sig" in names or any(word in name for name in names for word in SECRET):
         return f"a parameter of it names a key; {REMEDY}"
-    if any(map(_holds_password, [unquote(place), *values])):
+    if any(map(_holds_password, [unquote(place), *values])) or any(map(_names_user, values)):
         return f"it holds a key; {REMEDY}"
     return None
+
+
+def _names_user(value: str) -> bool:
+    """Tell whether a parameter is user:password@host."""
+    user, colon, rest = value.partition(":")
+    return bool(colon) and "/" not in user and "@" in rest
 
 
 def _holds_password(uri: str) -> bool:

@@ -31,13 +31,24 @@ def read_mapping(path: str | Path, what: str) -> dict[str, Any]:
         raise UserError(f"{what}: an empty path; give the path of a YAML file (an unset variable?)")
     place = f"{what} {harmless(str(path), 200)}"
     try:
-        with open(path, "rb") as file:
-            content = file.read(MOST_BYTES + 1)
+        content = _read(str(path))
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from None
     except OSError as error:
         raise UserError(f"{place}: {error.strerror}; give the path of a YAML file") from None
     except ValueError:
         raise UserError(f"{place}: this is no path; give the path of a YAML file") from None
     return parse_mapping(content, place)
+
+
+def _read(path: str) -> bytes:
+    """Return the beginning of a file on a disk or in a store."""
+    if "://" in path:
+        from isd_ray.data import files  # Arrow, which a file on a disk does not need
+
+        return files.read_bytes(path, MOST_BYTES + 1)
+    with open(path, "rb") as file:
+        return file.read(MOST_BYTES + 1)
 
 
 def parse_mapping(content: bytes | str, place: str) -> dict[str, Any]:

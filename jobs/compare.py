@@ -20,7 +20,11 @@ from isd_ray.supervisor import run
 def parser() -> Arguments:
     """The options that are the study's own."""
     options = Arguments(__doc__)
-    options.add_argument("--study", required=True, help="YAML file of the study")
+    options.add_argument(
+        "--study",
+        required=True,
+        help="YAML file or URI of the study, or the name of one that comes with isd_ray",
+    )
     options.add_argument("--name", help="name of the study (default: the file's)")
     options.add_argument(
         "--output", default="runs", help="folder or URI that holds the study (default: runs)"
@@ -32,10 +36,13 @@ def parser() -> Arguments:
 def main(arguments: list[str]) -> int:
     """Run the job; 1 where some runs failed, else the exit codes of isd_ray.ending."""
     given, rest = parser().parse_known_args(arguments)
-    from isd_ray.config import read_options, read_yaml
+    from isd_ray.config import read_options
+    from isd_ray.definitions import file_or_name
     from isd_ray.study.run import compare
+    from isd_ray.yaml_files import read_mapping
 
-    content, options = read_yaml(given.study), read_options(rest, "jobs/compare.py")
+    content = read_mapping(file_or_name("recipes", given.study), "study")
+    options = read_options(rest, "jobs/compare.py")
     name = Path(given.study).stem if given.name is None else given.name
     outcome = compare(content, name, given.output, options, given.report_only)
     return FOUND if outcome.failed else DONE

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job's copy of the project is not installed
 
-from isd_ray.messages import Arguments
+from isd_ray.messages import Arguments, place
 from isd_ray.supervisor import run
 
 
@@ -21,19 +21,25 @@ def parser() -> Arguments:
 
     options = Arguments(__doc__)
     options.epilog = f"protocols:\n{listing()}"
-    options.add_argument("run", help="folder or URI of the run")
+    options.add_argument("run", type=place, help="folder or URI of the run")
     options.add_argument("--checkpoint", help="name of a checkpoint of the run (default: the newest)")
     options.add_argument("--bank", choices=["auto", "balanced", "train"], help="labelled bank of kNN")
     options.add_argument(
         "--no-linear", dest="linear", action="store_const", const=False, help="leave out `linear`"
     )
     options.add_argument("--protocols", nargs="+", help="what to measure, of those below")
-    options.add_argument("--transfer-root", help="folder of torchvision's files, for transfer/SET")
+    options.add_argument(
+        "--transfer-root", type=place, help="folder of torchvision's files, for transfer/SET"
+    )
     options.add_argument(
         "--baselines", action=argparse.BooleanOptionalAction, help="untrained backbone and raw pixels"
     )
-    options.add_argument("--shards", help="folder or URI of the shards, where they moved since the run")
-    options.add_argument("--root", help="folder of the raw data set, where it moved since the run")
+    options.add_argument(
+        "--shards", type=place, help="folder or URI of the shards, where they moved since the run"
+    )
+    options.add_argument(
+        "--root", type=place, help="folder of the raw data set, where it moved since the run"
+    )
     options.add_argument(
         "--address", help="address of a running Ray cluster (default: RAY_ADDRESS, else local)"
     )

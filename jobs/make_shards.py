@@ -16,29 +16,35 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # works where the package is
 
 from isd_ray.ending import DONE, FOUND
 from isd_ray.errors import UserError
-from isd_ray.messages import Arguments, say
+from isd_ray.messages import Arguments, place, say, source
 from isd_ray.supervisor import run
 
 SHOWN = 50  # findings that are printed
 PARSER = Arguments(__doc__)
 what = PARSER.add_mutually_exclusive_group(required=True)
-what.add_argument("--source", help="image folder, Parquet file or glob, folder of tars, torchvision:NAME")
-what.add_argument("--index-only", metavar="URI", help="index the tars of this folder, in place")
 what.add_argument(
-    "--verify", metavar="URI", help="read and decode everything; exit code 1 if anything is wrong"
+    "--source", type=source, help="image folder, Parquet file or glob, folder of tars, torchvision:NAME"
+)
+what.add_argument("--index-only", type=place, metavar="URI", help="index the tars of this folder, in place")
+what.add_argument(
+    "--verify", type=place, metavar="URI", help="read and decode everything; exit code 1 if anything is wrong"
 )
 option = PARSER.add_argument
-option("--out", help="folder (path or URI) that gets SPLIT/NAME-000000.tar ... and SPLIT/index.parquet")
+option(
+    "--out",
+    type=place,
+    help="folder (path or URI) that gets SPLIT/NAME-000000.tar ... and SPLIT/index.parquet",
+)
 option("--split", default="train", help="split to read and write (train)")
 option("--name", help="beginning of the shards' names (the split)")
 option("--shard-size", type=int, default=1000, help="samples a shard (1000)")
 option("--workers", type=int, help="Ray tasks at once (every core); 0: without Ray")
 option("--max-bad", type=float, default=0.01, help="part of the samples that may be bad (0.01)")
-option("--root", help="where relative sources start and torchvision's files lie")
+option("--root", type=place, help="where relative sources start and torchvision's files lie")
 option("--download", action="store_true", help="let torchvision fetch missing files")
 option("--image-column", default="image", help="Parquet column of image bytes (image)")
 option("--label-column", default="label", help="Parquet column of labels (label); none: unlabelled")
-option("--classes", help="with --index-only: text file of class names, one a line")
+option("--classes", type=place, help="with --index-only: text file of class names, one a line")
 
 
 def main(arguments: list[str]) -> int:
@@ -48,7 +54,7 @@ def main(arguments: list[str]) -> int:
     from isd_ray.data.packed import SLOW
     from isd_ray.data.shards import index_only, make_shards
 
-    uri, source, names = options.pop("index_only"), options.pop("source"), options.pop("classes")
+    uri, images, names = options.pop("index_only"), options.pop("source"), options.pop("classes")
     folder = options.pop("verify")
     if folder:
         return verify(folder, options["workers"])
@@ -59,7 +65,7 @@ def main(arguments: list[str]) -> int:
         if packed := index.packed_shards(table):
             say(f"note: {packed} shards are compressed; {SLOW}")
     elif options["out"]:
-        table = make_shards(source, quiet=False, **options)
+        table = make_shards(images, quiet=False, **options)
     else:
         raise UserError("--source needs --out: the folder that gets the shards")
     place = files.join(index.root(table), index.FILE_NAME)

@@ -21,7 +21,7 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from isd_ray.data.listing import Listing, list_folder
-from isd_ray.data.store import retry, without_keys
+from isd_ray.data.store import retry
 from isd_ray.ending import broken
 from isd_ray.errors import UserError, printable, shown
 from isd_ray.names import secret_fault
@@ -75,7 +75,7 @@ def open_filesystem(uri: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
     try:
         return pafs.FileSystem.from_uri(absolute(uri))
     except (pa.ArrowException, OSError, ValueError) as error:  # the last: a name that is no UTF-8
-        said = printable(f"'{without_keys(os.fspath(uri))}': {str(error).splitlines()[0]}")
+        said = printable(f"'{os.fspath(uri)}': {str(error).splitlines()[0]}")
         raise UserError(f"cannot open {said}") from error
 
 
@@ -86,7 +86,7 @@ def _ask(call: Callable[[], T], filesystem: pafs.FileSystem, uri: str) -> T:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise broken(without_keys(uri), error) from error
+        raise broken(uri, error) from error
 
 
 def info(uri: str) -> pafs.FileInfo:
@@ -190,7 +190,7 @@ def write_whole(uri: str, write: Callable[[str], None]) -> None:
             _upload(filesystem, part, write)
         retry(lambda: filesystem.move(part, path), filesystem, uri)
     except OSError as error:
-        raise broken(without_keys(uri), error) from error
+        raise broken(uri, error) from error
 
 
 def _fill(path: str, write: Callable[[str], None]) -> None:

@@ -6,7 +6,6 @@ for longer outages, for short answers, and for every other remote file system. A
 
 import io
 import random
-import re
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -46,14 +45,9 @@ def retry(call: Callable[[], T], filesystem: pafs.FileSystem, place: str) -> T:
         if turn + 1 < TRIES:
             time.sleep(WAIT * 2**turn * random.uniform(0.5, 1.5))  # apart, lest all readers come back at once
     raise StoreError(
-        f"the store failed {TRIES} times at '{without_keys(place)}': {printable(reason)[:300]}. Check endpoint, "
+        f"the store failed {TRIES} times at '{printable(place)}': {printable(reason)[:300]}. Check endpoint, "
         "credentials and network, then start again; a run continues from its checkpoint."
     )
-
-
-def without_keys(uri: str) -> str:
-    """Return a URI without the user and password that it may hold."""
-    return re.sub(r"^(\w+://)[^/@]*@", r"\1", uri)
 
 
 class StoredFile(io.RawIOBase):

@@ -42,9 +42,9 @@ def find(kind: str, name: str) -> Path:
     )
 
 
-def file_or_name(kind: str, given: str) -> Path:
-    """Return the file that is meant by a path, or by the name of a definition."""
+def file_or_name(kind: str, given: str) -> str:
+    """Return the file that is meant by a path, a URI, or by the name of a definition."""
     if not given.strip():
         raise UserError(f"{KINDS[kind]}: an empty path; give a file or a name (an unset variable?)")
     is_name = not set(given) & set("./\\~\0") and not os.path.isfile(given)
-    return find(kind, given) if is_name else Path(given)
+    return str(find(kind, given)) if is_name else given

@@ -35,7 +35,7 @@ from isd_ray.train.folder import (
     read_saved,
     saved_config,
 )
-from isd_ray.train.learnable import check_learnable
+from isd_ray.train.learnable import check_learnable, check_steps
 from isd_ray.train.loggers import send_result
 from isd_ray.train.loop import train
 from isd_ray.train.parts import run_shares, run_stages, sentence
@@ -200,6 +200,7 @@ def check_sizes(config: Config, table: pa.Table, quiet: bool = False) -> None:
         )
     if not images:
         raise UserError(f"data set {config.data.dataset}: no images; check --data.root or --data.shards")
+    check_steps(config, images)
     if config.train.batch_size > images:
         raise UserError(f"--train.batch_size {config.train.batch_size}: the data set has {images:,} images")
     if not find_method(config.method.name).uses_queue:

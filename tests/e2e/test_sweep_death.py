@@ -104,4 +104,5 @@ def test_a_trial_on_workers_that_dies_leaves_room_for_the_next(
     outcome = sweep(space, "workers", str(tmp_path))
     assert [t.state for t in outcome.trials] == ["failed", "failed", "finished"]
     died = "its process ended: The actor is dead because its worker process has died"
-    assert [t.reason for t in outcome.trials] == [died, died, None]
+    of_worker = f"a worker: {died}; the same command goes on"
+    assert [t.reason for t in outcome.trials] == [died, of_worker, None]

@@ -261,11 +261,19 @@ def _metadata(known: Mapping[bytes, bytes]) -> st.SearchStrategy[dict[bytes, byt
     """Return metadata of a schema: none, odd, or what it was with altered JSON."""
     names = st.sampled_from((*known, b"huggingface", b"isd_ray"))
     whole = [
-        st.dictionaries(st.just(name), altered(json.loads(text), 1).map(as_json), min_size=1)
+        st.dictionaries(st.just(name), altered(tree, 1).map(as_json), min_size=1)
         for name, text in known.items()
-        if name in (b"isd_ray", b"huggingface")
+        if name in (b"isd_ray", b"huggingface") and (tree := _read_json(text)) is not None
     ]
     return st.one_of(st.none(), st.dictionaries(names, st.sampled_from(FILES), max_size=2), *whole)
+
+
+def _read_json(text: bytes) -> Any:
+    """Return what a text says, or None where it was damaged before."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def write_table(table: pa.Table) -> bytes:

@@ -27,6 +27,7 @@ def repeat(seed: int, report: Path) -> list[str]:
     """Run the suite once; its failures and counts go to the report. Returns what else went wrong."""
     command = [sys.executable, "-m", "pytest", str(FOLDER), "-q", "-p", "no:cacheprovider", "--tb=short"]
     variables = {"ISD_RAY_FUZZ_SEED": str(seed), "ISD_RAY_FUZZ_REPORT": str(report)}
+    variables["ISD_RAY_FUZZ_SHARE"] = "1"
     done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
     if done.returncode == 0:
         return []

@@ -1,5 +1,8 @@
 """Command lines: options that nobody has, values that nobody expects, names and places that lead elsewhere."""
 
+import os
+from pathlib import Path
+
 import pytest
 from damage import TEXTS, texts
 from doors import SECRET, knock
@@ -127,6 +130,9 @@ def test_names_and_places(job, world: World, sandbox, jobs, untrained, light) ->
         sandbox.fresh()
         (sandbox.inputs / "file").write_text("theirs\n")
         writes = [sandbox.out / "new", *([sandbox.elsewhere] if output == "link" else [])]
+        if job in ("embed", "make_shards"):  # these are given a place and no name
+            named = Path(os.path.normpath(sandbox.work / word(output) / word(name)))
+            writes.append(named / "train" if named.is_dir() else named)
         given = world.command(job, word(output), word(name))
         knock(f"places of {job}", jobs[job], given, sandbox, writes=writes)
 

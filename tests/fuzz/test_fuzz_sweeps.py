@@ -14,7 +14,7 @@ from test_fuzz_runs import changed
 from world import World
 
 SWEEP = {
-    "space.yaml": 50, "journal.jsonl": 120, "trials/*/*/validation.jsonl": 50,
+    "space.yaml": 50, "journal.jsonl": 60, "trials/*/*/validation.jsonl": 30,
     "trials/*/*/config.yaml": 15, "trials/*/*/failure.json": 25,
     "trials/*/*/selection.parquet": 10,
 }  # fmt: skip

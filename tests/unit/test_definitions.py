@@ -38,5 +38,6 @@ def test_unknown_names_are_told_the_nearest_and_paths_are_kept(tmp_path):
     for name in ("../pyproject", "..", "", "a\0b"):
         with pytest.raises(UserError, match="unknown data set"):
             definitions.find("datasets", name)
-    assert definitions.file_or_name("recipes", "cifar10_lt") == definitions.find("recipes", "cifar10_lt")
-    assert definitions.file_or_name("recipes", str(tmp_path / "x.yaml")) == tmp_path / "x.yaml"
+    assert definitions.file_or_name("recipes", "cifar10_lt") == str(definitions.find("recipes", "cifar10_lt"))
+    assert definitions.file_or_name("recipes", str(tmp_path / "x.yaml")) == str(tmp_path / "x.yaml")
+    assert definitions.file_or_name("recipes", "s3://bucket/x.yaml") == "s3://bucket/x.yaml"
