@@ -15,6 +15,8 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 os.environ.setdefault(
     "RAY_worker_niceness", "0"
 )  # Ray's 15 lets tests starve beside other work on the machine
+for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+    os.environ[name] = "test"  # the stores of the tests on loopback take any, and no other may be sent
 torch.set_num_threads(1)
 
 
