@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, TextIO
@@ -80,6 +81,8 @@ def _work(main: Main, arguments: Sequence[str], tells: int, log: IO[bytes]) -> i
     os.dup2(log.fileno(), 2)
     faulthandler.enable(log)  # else Ray has the stack of a crash printed on the terminal
     code = run_job(main, arguments)
+    for stream in (sys.stdout, sys.stderr):
+        stream.end()
     signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # it ends anyway
     os.write(tells, bytes([code]))
     signal.alarm(EXIT_SECONDS)
@@ -93,14 +96,21 @@ class _Terminal(TextIOWrapper):
         own, errors = os.fdopen(os.dup(stream.fileno()), "wb"), getattr(stream, "errors", None)
         buffered = (getattr(stream, name, True) for name in ("line_buffering", "write_through"))
         super().__init__(own, stream.encoding, errors, line_buffering=any(buffered))
-        self.log = log
+        self.log, self.over = log, False
 
     def write(self, text: str) -> int:
         """Print text; what a thread of Ray's has to say goes to the log."""
-        if not threading.current_thread().name.startswith("ray_"):
+        if not self.over and not threading.current_thread().name.startswith("ray_"):
             return super().write(text)
-        os.write(self.log.fileno(), text.encode(errors="replace"))
+        with suppress(OSError):  # no room for it
+            os.write(self.log.fileno(), text.encode(errors="replace"))
         return len(text)
+
+    def end(self) -> None:
+        """The job is over: what is printed from now on, as Ray tidies up, goes to the log."""
+        with suppress(OSError):  # nobody reads
+            self.flush()
+        self.over = True
 
 
 # -- the process above it ------------------------------------------------------------------------------------

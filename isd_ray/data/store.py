@@ -19,7 +19,10 @@ TRIES = 5  # the four waits between them add up to about WAIT * 15
 WAIT = 0.5  # seconds before the second try; doubled before each further one
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # no wait mends these
 
+AWAY = 60.0  # seconds after a request that failed in all tries in which others are tried once
+
 T = TypeVar("T")
+_away: list[tuple[pafs.FileSystem, float]] = []  # the store that failed last, and when
 
 
 class StoreError(MachineError):
@@ -29,25 +32,36 @@ class StoreError(MachineError):
 def retry(call: Callable[[], T], filesystem: pafs.FileSystem, place: str) -> T:
     """Return `call()`, tried up to TRIES times where it raises OSError; `place` is what the error names.
 
+    A store that has just failed in all tries is asked once: a job that ends has more to write, and would
+    wait as long for each of it.
+
     Raises:
         StoreError: the last try failed too.
         OSError: at once, from a local file system or where a wait mends nothing (no such file, no permission).
     """
     if isinstance(filesystem, pafs.LocalFileSystem):
         return call()
-    for turn in range(TRIES):
+    tries = 1 if _has_failed(filesystem) else TRIES
+    for turn in range(tries):
         try:
-            return call()
+            answer = call()
+            _away.clear()
+            return answer
         except _FINAL:
             raise
         except OSError as error:
             reason = str(error)
-        if turn + 1 < TRIES:
+        if turn + 1 < tries:
             time.sleep(WAIT * 2**turn * random.uniform(0.5, 1.5))  # apart, lest all readers come back at once
+    _away[:] = [(filesystem, time.monotonic())]
     raise StoreError(
-        f"the store failed {TRIES} times at '{printable(place)}': {printable(reason)[:300]}. Check endpoint, "
+        f"the store failed {tries} times at '{printable(place)}': {printable(reason)[:300]}. Check endpoint, "
         "credentials and network, then start again; a run continues from its checkpoint."
     )
+
+
+def _has_failed(filesystem: pafs.FileSystem) -> bool:
+    return any(filesystem.equals(store) and time.monotonic() < since + AWAY for store, since in _away)
 
 
 class StoredFile(io.RawIOBase):

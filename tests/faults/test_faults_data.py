@@ -33,7 +33,7 @@ def exchange(shards: list[Path]) -> None:
 @pytest.mark.parametrize(
     ("damage", "workers"),
     [
-        (exchange, 0),
+        pytest.param(exchange, 0, marks=pytest.mark.long),
         pytest.param(delete, 0, marks=pytest.mark.long),
         pytest.param(cut, 0, marks=pytest.mark.long),
         pytest.param(delete, 1, marks=pytest.mark.long),

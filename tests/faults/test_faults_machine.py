@@ -47,10 +47,8 @@ def test_a_full_disk_loses_nothing(options, home, untouched, small_disk):
 
 
 @pytest.fixture
-def store(tiny_shards, monkeypatch) -> Iterator[Proxy]:
+def store(tiny_shards) -> Iterator[Proxy]:
     """An S3 server on the loopback device, behind a proxy that can fail."""
-    for name, value in {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}.items():
-        monkeypatch.setenv(name, value)
     with faulty_store(tiny_shards / "train") as proxy:
         yield proxy
 
@@ -86,7 +84,8 @@ def is_whole(job: StoredJob, untouched: bytes) -> None:
     assert not [name for name in folder.names(files=False) if name.startswith(".ray-")]
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_store_that_is_away_loses_nothing(stored, untouched, store, workers):
     job = stored(workers)
     job.at(5)
@@ -112,6 +111,7 @@ def test_a_store_that_comes_back_in_time_is_not_noticed(stored, untouched, store
     is_whole(job, untouched)
 
 
+@pytest.mark.long
 def test_two_commands_of_one_name(options, home):
     options |= {"train.epochs": 100_000}
     first = Job(options, home)

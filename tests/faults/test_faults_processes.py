@@ -36,7 +36,9 @@ def test_a_run_goes_on_by_itself(options, home, untouched):
     assert same_bits(last_checkpoint(job.folder), untouched)
 
 
-@pytest.mark.parametrize("role", ["worker", "controller", "raylet"])
+@pytest.mark.parametrize(
+    "role", ["controller", *(pytest.param(role, marks=pytest.mark.long) for role in ("worker", "raylet"))]
+)
 def test_a_death_is_one_line_and_the_same_command_finishes(options, home, untouched, role):
     job = Job(with_worker(options), home)
     job.at(20)

@@ -46,7 +46,9 @@ class Proxy(ThreadingHTTPServer):
 
     def uri(self, path: str) -> str:
         """Return the URI of a folder of the bucket as users write it."""
-        return f"s3://{BUCKET}/{path}?endpoint_override={HOST}:{self.server_port}&scheme=http&region=us-east-1"
+        return (
+            f"s3://{BUCKET}/{path}?endpoint_override={HOST}:{self.server_port}&scheme=http&region=us-east-1"
+        )
 
 
 class Handler(BaseHTTPRequestHandler):
