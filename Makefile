@@ -16,7 +16,7 @@ pretrain: install
 	$(BIN)/python jobs/pretrain.py
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 fuzz: install
 	$(BIN)/python tests/fuzz/repeat.py --minutes $(FUZZ_MINUTES)

@@ -26,6 +26,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:  # what one process runs (`-n 2 --dist loadgroup`): a file, or all of the fuzz suite
+        item.add_marker(
+            pytest.mark.xdist_group("fuzz" if item.path.parent.name == "fuzz" else str(item.path))
+        )
     skip = pytest.mark.skip(reason="a long form: give --long")
     for item in items if not config.getoption("--long") else []:
         if "long" in item.keywords:

@@ -54,8 +54,9 @@ def retry(call: Callable[[], T], filesystem: pafs.FileSystem, place: str) -> T:
         if turn + 1 < tries:
             time.sleep(WAIT * 2**turn * random.uniform(0.5, 1.5))  # apart, lest all readers come back at once
     _away[:] = [(filesystem, time.monotonic())]
+    often = f"{tries} times" if tries > 1 else "again"
     raise StoreError(
-        f"the store failed {tries} times at '{printable(place)}': {printable(reason)[:300]}. Check endpoint, "
+        f"the store failed {often} at '{printable(place)}': {printable(reason)[:300]}. Check endpoint, "
         "credentials and network, then start again; a run continues from its checkpoint."
     )
 

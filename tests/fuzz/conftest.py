@@ -1,4 +1,7 @@
-"""One process for all cases: the good input is made once, nothing starts Ray, and the cases are counted."""
+"""One process for all cases (tests/conftest.py sees to it): the good input is made once, nothing starts Ray.
+
+The cases are counted.
+"""
 
 import json
 import shutil
@@ -21,9 +24,9 @@ from isd_ray.train import trainer
 JOBS = ("pretrain", "evaluate", "embed", "make_shards", "sweep", "compare")
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def stage() -> Iterator[None]:
-    """No case starts Ray."""
+    """No case starts Ray; the tests that come after these in this process may."""
     with pytest.MonkeyPatch.context() as patch:
         set_stage(patch)
         yield
@@ -39,11 +42,13 @@ def place() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def world(stage, place) -> World:
+def world(place) -> World:
     """Good input of every kind."""
     made = World(place / "world")
     made.root.mkdir()
-    made.make()
+    with pytest.MonkeyPatch.context() as patch:
+        set_stage(patch)
+        made.make()
     return made
 
 

@@ -104,7 +104,7 @@ def test_nothing_that_a_job_has_started_outlives_the_command(end):
 
 def test_signals_while_it_ends_change_nothing():
     """Whatever comes once the job has said how it ends: Ray and Python tidy up undisturbed."""
-    code = "import atexit\natexit.register(lambda: [print('ending', flush=True), sys.stdin.read()])"
+    code = "import atexit\natexit.register(lambda: [os.write(1, b'ending\\n'), sys.stdin.read()])"
     with job(code) as process:
         process.stdout.readline()
         assert process.stdout.readline() == "ending\n"

@@ -129,6 +129,31 @@ def test_the_line_comes_out_of_a_ray_task(ray_session, disk, monkeypatch):
         epoch(index.read_index(str(disk)))
 
 
+@pytest.fixture
+def no_failure_before(monkeypatch) -> None:
+    monkeypatch.setattr(store, "_away", [])
+
+
+def test_a_store_that_has_just_failed_is_asked_once_until_it_answers(monkeypatch, no_failure_before):
+    monkeypatch.setattr(store, "WAIT", 0.0)
+    remote, asked = pafs.SubTreeFileSystem("/", pafs.LocalFileSystem()), []
+
+    def call() -> int:
+        asked.append(1)
+        if len(asked) <= store.TRIES + 1:
+            raise OSError("away")
+        return len(asked)
+
+    for often in (f"{store.TRIES} times", "again"):
+        with pytest.raises(store.StoreError, match=f"failed {often} at"):
+            store.retry(call, remote, "x")
+    assert store.retry(call, remote, "x") == store.TRIES + 2
+    asked.clear()
+    with pytest.raises(store.StoreError, match=f"failed {store.TRIES} times"):
+        store.retry(call, remote, "x")
+
+
+@pytest.mark.usefixtures("no_failure_before")
 @pytest.mark.parametrize("failures", range(7))
 def test_tries_are_counted_and_waits_double(monkeypatch, failures):
     waits: list[float] = []
